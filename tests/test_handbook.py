@@ -127,10 +127,7 @@ def slug(heading: str) -> str:
 @cache
 def sections(name: str) -> dict[str, str]:
     """Maps each heading's slug to the raw text up to the next heading."""
-    if name.endswith(".html"):
-        pattern = r"<h[1-6]>(.*?)</h[1-6]>"
-    else:
-        pattern = r"^#{1,6} (.+)$"
+    pattern = r"<h[1-6]>(.*?)</h[1-6]>" if name.endswith(".html") else r"^#{1,6} (.+)$"
     marks = list(re.finditer(pattern, body(name), flags=re.MULTILINE))
     ends = [mark.start() for mark in marks[1:]] + [len(body(name))]
     return {slug(mark[1]): body(name)[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
