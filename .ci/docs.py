@@ -20,8 +20,8 @@ import yaml
 from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx
-from nbdev.processors import FilterDefaults, FrontmatterProc, hide_line, populate_language, strip_ansi
 from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, FrontmatterProc, hide_line, populate_language, strip_ansi
 from nbdev.quarto import refresh_quarto_yml
 
 ROOT = Path(__file__).resolve().parent.parent
