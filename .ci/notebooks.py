@@ -56,11 +56,14 @@ def run(
     "Execute one notebook in its own folder, write it back and clean it. An error in a cell leaves the file as it was."
     from nbclient import NotebookClient
     from nbdev.clean import nbdev_clean
+    from traitlets.config import Config
 
     started = time.perf_counter()
     before = nbformat.read(path, as_version=4)
     after = nbformat.read(path, as_version=4)
-    NotebookClient(after, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
+    folder = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(after, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=encrypted).execute()
     kept = 0 if measure else keep_measurements(before, after)
     nbformat.write(after, path)
     nbdev_clean.__wrapped__(fname=str(path))

@@ -55,7 +55,7 @@ def test_ingest_again_offline_changes_nothing(index: Path) -> None:
 
 
 def test_ask_offline_answers_with_citations(index: Path) -> None:
-    done = llmops_ref("ask", "What is the fee for a replacement debit card?", "--index", index, "--json")
+    done = llmops_ref("ask", "How much can I withdraw at the post office in a day?", "--index", index, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["text"] and answer["citations"] and not answer["refused"]
@@ -72,7 +72,7 @@ def test_demo_offline() -> None:
 @pytest.mark.skipif(not namespace_works(), reason="no network namespaces here")
 def test_ask_where_only_loopback_exists(index: Path) -> None:
     "Compiled code too: in this namespace no socket of any kind reaches another machine."
-    done = llmops_ref("ask", "What is the fee for a replacement debit card?", "--index", index, "--json", prefix=tuple(LOOPBACK_ONLY))
+    done = llmops_ref("ask", "How much can I withdraw at the post office in a day?", "--index", index, "--json", prefix=tuple(LOOPBACK_ONLY))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["citations"]
 
