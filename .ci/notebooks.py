@@ -63,7 +63,7 @@ def run(
     after = nbformat.read(path, as_version=4)
     encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
     folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(after, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=encrypted).execute()
+    NotebookClient(after, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=encrypted, store_widget_state=False).execute()
     kept = 0 if measure else keep_measurements(before, after)
     nbformat.write(after, path)
     nbdev_clean.__wrapped__(fname=str(path))

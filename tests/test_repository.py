@@ -232,7 +232,7 @@ def test_importing_a_module_touches_no_network_and_no_file(path: Path) -> None:
 import sys
 seen = []
 def watch(event, arguments):
-    if event.startswith("socket.") and event not in ("socket.gethostname", "socket.__new__"):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "socket.listen"):
         seen.append(event)
     elif event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         seen.append(f"{{event}} {{arguments[0]}}")
