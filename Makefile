@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 STAMP ?= $(VENV)/.llmops-ref-installed
+DEMO_STAMP ?= $(VENV)/.llmops-ref-demo-installed
+DEMO_EXTRAS ?= embedded,rag
 WORKERS ?= 2
 PORT ?= 8000
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ DOCS := _docs/index.html
 help: ## list the targets
 	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## set up, fetch the models, index the sample handbook, ask three questions
+demo: $(DEMO_STAMP) ## set up, fetch the models, index the sample handbook, ask three questions
 	@$(BIN)/llmops-ref fetch-models
 	@$(BIN)/llmops-ref demo
 
@@ -47,7 +49,7 @@ lint: $(STAMP) ## ruff, mypy --strict, and modules in step with their notebooks
 	@$(BIN)/mypy
 	@$(BIN)/python .ci/notebooks.py check
 
-doctor: $(STAMP) ## check Python, packages, models, disk and one real answer
+doctor: $(DEMO_STAMP) ## check Python, packages, models, disk and one real answer
 	@$(BIN)/llmops-ref doctor
 
 clean: ## remove what was built; the environment and the fetched models stay
@@ -55,8 +57,21 @@ clean: ## remove what was built; the environment and the fetched models stay
 	find llmops_ref tests nbs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is installed when one of these files is newer than the last install, and not otherwise.
-$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "llmops-ref needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % v)'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+# The demo needs neither PyTorch nor the tools, so it does not wait for them; the whole set contains the demo's.
+SOURCES := settings.ini setup.py pyproject.toml constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+define make_venv
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "llmops-ref needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % v)'
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+endef
+
+$(DEMO_STAMP): $(SOURCES)
+	$(make_venv)
+	$(PIP_INSTALL) -e ".[$(DEMO_EXTRAS)]"
 	@touch $@
+
+$(STAMP): $(SOURCES)
+	$(make_venv)
+	$(PIP_INSTALL) -e ".[all,dev]"
+	@touch $@ $(DEMO_STAMP)

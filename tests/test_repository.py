@@ -206,6 +206,11 @@ def test_constraints_pin_every_direct_dependency() -> None:
     assert wrong == []
 
 
+def test_the_demo_installs_extras_that_exist() -> None:
+    named = re.search(r"^DEMO_EXTRAS \?= (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named and set(named.group(1).split(",")) <= set(extras())
+
+
 def test_the_version_has_one_source() -> None:
     assert settings()["version"] == llmops_ref.__version__
 
@@ -288,22 +293,24 @@ def test_a_bare_make_lists_the_targets() -> None:
     assert listed == ["help", "demo", "test", "lab", "docs", "serve-docs", "export", "notebooks", "lint", "doctor", "clean"]
 
 
-def test_an_installed_environment_is_left_alone(tmp_path: Path) -> None:
-    stamp = tmp_path / "stamp"
-    stamp.touch()
-    os.utime(stamp, (2**32, 2**32))
-    done = subprocess.run(["make", "-n", "demo", f"STAMP={stamp}"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "pip install" not in done.stdout and "llmops-ref demo" in done.stdout
-    stamp.unlink()
-    done = subprocess.run(["make", "-n", "demo", f"STAMP={stamp}"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "pip install --disable-pip-version-check -c constraints.txt" in done.stdout
+@pytest.mark.parametrize("target", ["demo", "test", "docs", "lint", "notebooks", "export", "doctor"])
+def test_an_installed_environment_is_left_alone(target: str, tmp_path: Path) -> None:
+    stamps = {"STAMP": tmp_path / "all", "DEMO_STAMP": tmp_path / "demo"}
+    command = ["make", "-n", target, *(f"{name}={path}" for name, path in stamps.items())]
+    fresh = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for path in stamps.values():
+        path.touch()
+        os.utime(path, (2**32, 2**32))
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert fresh.count("-m pip install") == 1 and "-c constraints.txt" in fresh
+    assert again and "pip install" not in again
 
 
 def test_an_unsupported_python_gets_a_sentence(tmp_path: Path) -> None:
     old = tmp_path / "python-old"
     old.write_text(f'#!/bin/sh\ncode="import sys; sys.version_info = (3, 9, 1); exec(sys.argv[1])"\nexec {sys.executable} -c "$code" "$2"\n')
     old.chmod(0o755)
-    command = ["make", "doctor", f"STAMP={tmp_path / 'stamp'}", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}"]
+    command = ["make", "doctor", f"DEMO_STAMP={tmp_path / 'stamp'}", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "needs Python 3.11, 3.12 or 3.13" in done.stderr and "3.9" in done.stderr
