@@ -57,7 +57,7 @@ clean: ## remove what was built; the environment and the fetched models stay
 	find llmops_ref tests nbs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is installed when one of these files is newer than the last install, and not otherwise.
-# The demo needs neither PyTorch nor the tools, so it does not wait for them; the whole set contains the demo's.
+# The demo needs fewer packages than the tests and the tools, so it does not wait for the rest.
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
