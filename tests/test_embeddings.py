@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmops_ref import embeddings as module
 from llmops_ref.core import BadInputError
 from llmops_ref.embeddings import (
