@@ -18,7 +18,7 @@ import platformdirs
 
 # %% auto #0
 __all__ = ['LlmopsRefError', 'BadInputError', 'MissingExtraError', 'require', 'cache_dir', 'atomic_path', 'sha256_file',
-           'disable_telemetry']
+           'ModelNotFetchedError', 'HashMismatchError', 'check_sha256', 'disable_telemetry']
 
 # %% ../nbs/core.ipynb #4588aca0
 class LlmopsRefError(Exception):
@@ -97,6 +97,27 @@ def sha256_file(
     "Return the SHA-256 of a file's bytes as 64 lower-case hexadecimal digits."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ModelNotFetchedError(LlmopsRefError, FileNotFoundError):
+    "A model that this library ships by reference is not in the cache folder yet."
+
+
+class HashMismatchError(LlmopsRefError):
+    "A file's bytes are not the ones that were pinned or recorded; it must not be used."
+
+
+def check_sha256(
+    path: str | os.PathLike[str],    # the file to check
+    expected: str,                   # 64 lower-case hexadecimal digits
+) -> None:
+    "Raise `HashMismatchError` unless the file's SHA-256 is `expected`."
+    actual = sha256_file(path)
+    if actual != expected:
+        raise HashMismatchError(
+            f"{Path(path).name} is not the file that was pinned: its SHA-256 is {actual}, expected {expected}.",
+            "Do not use it. Delete it and run: llmops-ref fetch-models",
+        )
 
 # %% ../nbs/core.ipynb #fee8d8a5
 _TELEMETRY_SWITCHES = {

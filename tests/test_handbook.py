@@ -127,16 +127,10 @@ def slug(heading: str) -> str:
 @cache
 def sections(name: str) -> dict[str, str]:
     """Maps each heading's slug to the raw text up to the next heading."""
-    if name.endswith(".html"):
-        pattern = r"<h[1-6]>(.*?)</h[1-6]>"
-    else:
-        pattern = r"^#{1,6} (.+)$"
+    pattern = r"<h[1-6]>(.*?)</h[1-6]>" if name.endswith(".html") else r"^#{1,6} (.+)$"
     marks = list(re.finditer(pattern, body(name), flags=re.MULTILINE))
     ends = [mark.start() for mark in marks[1:]] + [len(body(name))]
-    return {
-        slug(mark[1]): body(name)[mark.end() : end]
-        for mark, end in zip(marks, ends, strict=True)
-    }
+    return {slug(mark[1]): body(name)[mark.end() : end] for mark, end in zip(marks, ends, strict=True)}
 
 
 @cache
@@ -364,9 +358,7 @@ def test_expected_agrees_with_kind_and_groups():
 
 
 def test_access_questions_come_with_and_without_the_right():
-    found = Counter(
-        q["expected"] for q in questions() if q["kind"] == "access-restricted"
-    )
+    found = Counter(q["expected"] for q in questions() if q["kind"] == "access-restricted")
     assert found["answer"] >= 4
     assert found["decline"] >= 4
 
