@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
 
 # %% auto #0
-__all__ = ['UnreadableDocumentError', 'IndexFormatError', 'IndexMismatchError', 'IndexLockedError', 'IndexDamagedError',
-           'EmptyIndexError', 'Block', 'Document', 'read_document', 'estimate_tokens', 'sentences', 'Chunk',
-           'split_document', 'FailedFile', 'IngestReport', 'Passage', 'KnowledgeBase', 'check_question']
+__all__ = ['TABLE_RULE', 'UnreadableDocumentError', 'IndexFormatError', 'IndexMismatchError', 'IndexLockedError',
+           'IndexDamagedError', 'EmptyIndexError', 'Block', 'Document', 'read_document', 'estimate_tokens', 'sentences',
+           'Chunk', 'split_document', 'FailedFile', 'IngestReport', 'Passage', 'KnowledgeBase', 'check_question']
 
 # %% ../nbs/knowledge_base.ipynb #dd349c58
 class UnreadableDocumentError(BadInputError):
@@ -211,7 +211,7 @@ _SILENT_TAGS = ["script", "style", "template", "noscript", "nav", "svg"]
 
 
 def _read_html(data: bytes) -> Document:
-    "HTML: visible text only, headings become sections, table rows become lines with | between their cells."
+    "HTML: visible text only, headings become sections, tables become Markdown tables."
     soup = require("bs4", extra="rag").BeautifulSoup(data, require("lxml", extra="rag") and "lxml")
     metadata = {tag["name"]: _meta_value(tag["content"]) for tag in soup.find_all("meta", attrs={"name": True, "content": True})}
     if soup.title and soup.title.string:
@@ -219,7 +219,18 @@ def _read_html(data: bytes) -> Document:
     hidden = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
     for tag in [*soup.find_all(_SILENT_TAGS), *soup.find_all(hidden=True), *soup.find_all(style=hidden)]:
         tag.decompose()
+    for table in [table for table in soup.find_all("table") if not table.find("table")]:
+        rows = [[" ".join(cell.get_text(" ").split()) for cell in row.find_all(["td", "th"])] for row in table.find_all("tr")]
+        block = soup.new_tag("pre")
+        block.string = _table([row for row in rows if row])
+        table.replace_with(block)
     return _document(_outline(_html_items(soup.body or soup)), metadata)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if len(lines) > 1 else []), *lines[1:]])
 
 
 def _meta_value(content: str) -> Any:
@@ -230,14 +241,14 @@ def _meta_value(content: str) -> Any:
 
 
 def _html_items(root: Any) -> Iterator[tuple[int, str]]:
-    "Walk the strings in reading order; one line a block element, one line a table row."
+    "Walk the strings in reading order, a paragraph for each block element."
     body: list[str] = []
     last = None
     for node in root.descendants:
         if node.name is not None or type(node).__name__ != "NavigableString" or not node.strip():
             continue
         block = next((parent for parent in node.parents if parent.name in _BLOCK_TAGS), root)
-        words = re.sub(r"\s+", " ", node)
+        words = str(node).strip("\n") if block.name == "pre" else re.sub(r"\s+", " ", node)
         if re.fullmatch(r"h[1-6]", block.name):
             if block is not last:
                 yield 0, "".join(body)
@@ -246,9 +257,7 @@ def _html_items(root: Any) -> Iterator[tuple[int, str]]:
         elif block is last:
             body.append(words)
         else:
-            row = block.find_parent("tr") if block.name in ("td", "th") else None
-            joined = row is not None and last is not None and last.find_parent("tr") is row
-            paragraph = "" if not body else " | " if joined else "\n" if block.name in ("li", "td", "th") else "\n\n"
+            paragraph = "" if not body else "\n" if block.name in ("li", "td", "th") else "\n\n"
             body.append(paragraph + words.lstrip())
         last = block
     yield 0, "".join(body)
@@ -267,10 +276,10 @@ def _read_docx(data: bytes) -> Document:
 
 
 def _docx_item(item: Any) -> tuple[int, str]:
-    "One paragraph or table as `(level, text)`; a table's rows are lines with | between their cells."
+    "One paragraph or table as `(level, text)`."
     if hasattr(item, "rows"):
         rows = [[" ".join(cell.text.split()) for cell in row.cells] for row in item.rows]
-        return 0, "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        return 0, _table(rows)
     style = (item.style.name or "") if item.style is not None else ""
     level = 1 if style == "Title" else int(style[8:]) if re.fullmatch(r"Heading [1-9]", style) else 0
     return level if item.text.strip() else 0, item.text.strip()
@@ -376,6 +385,9 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     return start + len(body) - len(body.lstrip()), start + len(body.rstrip())
 
 # %% ../nbs/knowledge_base.ipynb #7b6f7bce
+TABLE_RULE = re.compile(r"\|[\s|:-]*-[\s|:-]*")    # the line between a Markdown table's header and its rows
+
+
 @dataclass(frozen=True)
 class Chunk:
     "A passage to index: `document.text[start:end] == text`, on one page or in one section."
@@ -385,6 +397,7 @@ class Chunk:
     end: int
     page: int | None = None
     section: str | None = None
+    header: str | None = None       # where the chunk begins inside a table: the table's header row
 
 
 def split_document(
@@ -399,9 +412,24 @@ def split_document(
             for start, end in sentences(document.text[block.start:block.end])
             for piece in _cut(document.text, block.start + start, block.start + end, max_tokens)
         ]
+        headers = _headers(document.text, units)
         for start, end in _pack(units, [estimate_tokens(document.text[start:end]) for start, end in units], max_tokens):
-            chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section))
+            chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section, headers.get(start)))
     return chunks
+
+
+def _headers(text: str, units: Sequence[tuple[int, int]]) -> dict[int, str]:
+    "For each table row below a header, where it starts: the header's text. A header is a row above a rule of dashes."
+    headers, header = dict[int, str](), ""
+    for number, (start, end) in enumerate(units):
+        below = text[slice(*units[number + 1])] if number + 1 < len(units) else ""
+        if text[start] != "|":
+            header = ""
+        elif TABLE_RULE.fullmatch(below):
+            header = text[start:end]
+        elif header:
+            headers[start] = header
+    return headers
 
 
 def _pack(units: Sequence[tuple[int, int]], sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
@@ -478,6 +506,7 @@ class Passage:
     start: int = 0                  # character span in the document's text
     end: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)    # the document's own: title, effective_date, …
+    header: str | None = None       # where the text begins inside a table: the table's header row
 
     @property
     def place(self) -> str:
@@ -784,6 +813,11 @@ class KnowledgeBase:
             _create(folder, embeddings, lock_timeout)
         return cls(folder, embeddings, lock_timeout)
 
+    @property
+    def embedding_model(self) -> str:
+        "The name of the model that made the vectors."
+        return self._manifest.model
+
     def __len__(self) -> int:
         return self._ask(lambda store: int(_patiently(store.rows.count)))
 
@@ -938,7 +972,7 @@ def check_question(
 def _passage(chunk_id: str, text: str, row: Mapping[str, Any], distance: float) -> Passage:
     "Build a passage from a row of the collection."
     extra = {name[5:]: value for name, value in sorted(row.items()) if name.startswith("meta_")}
-    return Passage(text, row["source"], row.get("page"), row.get("section"), round(1 - float(distance), 6), chunk_id, row["start"], row["end"], extra)
+    return Passage(text, row["source"], row.get("page"), row.get("section"), round(1 - float(distance), 6), chunk_id, row["start"], row["end"], extra, row.get("header"))
 
 
 def _without_stale(store: _Store, rows: Sequence[tuple[str, str, Mapping[str, Any], float]]) -> list[tuple[str, str, Mapping[str, Any], float]]:
@@ -1025,7 +1059,7 @@ class _Writer:
                       "chunks": len(reading.chunks), "written": time.time_ns(), **reading.metadata}
             for number, chunk in enumerate(reading.chunks):
                 ids.append(hashlib.sha256(f"{path}\n{reading.fingerprint}\n{number}".encode()).hexdigest()[:32])
-                place = {"page": chunk.page, "section": chunk.section}
+                place = {"page": chunk.page, "section": chunk.section, "header": chunk.header}
                 rows.append({**shared, "index": number, "start": chunk.start, "end": chunk.end, **{key: value for key, value in place.items() if value is not None}})
         self._store.add(ids, vectors, texts, rows)
         self._changes += len(ids)

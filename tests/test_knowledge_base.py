@@ -106,7 +106,7 @@ def test_html_keeps_headings_rows_and_meta_and_drops_what_is_not_seen():
         "<h1>Rates</h1><p>One <b>bold</b> word.</p><!-- comment text --><div hidden>ghost</div>"
         "<p style='display: none'>unseen</p><h2>Table</h2><table><tr><th>Card</th><th>APR</th></tr>"
         "<tr><td>Classic</td><td>24.9%</td></tr></table>tail<script>evil()</script></body></html>").encode())
-    assert document.text == "Rates\n\nOne bold word.\n\nTable\n\nCard | APR\nClassic | 24.9%\n\ntail"
+    assert document.text == "Rates\n\nOne bold word.\n\nTable\n\n| Card | APR |\n|---|---|\n| Classic | 24.9% |\n\ntail"
     assert [block.section for block in document.blocks] == ["Rates", "Rates > Table"]
     assert document.metadata["title"] == "T" and document.metadata["allowed_groups"] == ["risk", "audit"]
 
@@ -125,7 +125,7 @@ def test_docx_reads_headings_and_tables_in_order():
     buffer = io.BytesIO()
     file.save(buffer)
     document = read_document("a.docx", buffer.getvalue())
-    assert [part in document.text for part in ("| Item | Fee |\n| Card | £5 |",)] == [True]
+    assert [part in document.text for part in ("| Item | Fee |\n|---|---|\n| Card | £5 |",)] == [True]
     assert document.text.index("Before") < document.text.index("Card") < document.text.index("After")
     assert document.blocks[0].section == "Policy"
 
