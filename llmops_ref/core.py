@@ -17,8 +17,8 @@ from types import ModuleType
 import platformdirs
 
 # %% auto #0
-__all__ = ['LlmopsRefError', 'BadInputError', 'MissingExtraError', 'require', 'cache_dir', 'atomic_path', 'sha256_file',
-           'ModelNotFetchedError', 'HashMismatchError', 'check_sha256', 'disable_telemetry']
+__all__ = ['LlmopsRefError', 'BadInputError', 'ContextTooLongError', 'MissingExtraError', 'require', 'cache_dir', 'atomic_path',
+           'sha256_file', 'ModelNotFetchedError', 'HashMismatchError', 'check_sha256', 'disable_telemetry']
 
 # %% ../nbs/core.ipynb #4588aca0
 class LlmopsRefError(Exception):
@@ -39,6 +39,10 @@ class LlmopsRefError(Exception):
 
 class BadInputError(LlmopsRefError, ValueError):
     "The caller gave something that cannot be worked with; the command line exits with 2."
+
+
+class ContextTooLongError(BadInputError):
+    "Prompt and answer together do not fit into the model's context window."
 
 
 class MissingExtraError(LlmopsRefError, ImportError):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import platform
@@ -211,7 +212,7 @@ class Engine:
             self._server = xllamacpp.Server(params)
         except Exception as error:
             raise EngineStartError(
-                f"llama.cpp could not load {self.path.name}: {error}.",
+                f"llama.cpp could not load {self.path.name}: {str(error).rstrip('.')}.",
                 "Check that it is a GGUF file for this version of xllamacpp, or run: llmops-ref doctor",
             ) from error
         self.address: str = self._server.listening_address
@@ -234,6 +235,15 @@ class Engine:
         response.raise_for_status()
         result: dict[str, Any] = response.json()
         return result
+
+    def tokenize(self, text: str) -> list[int]:
+        "The token ids of `text`, special tokens included, as the model will see them."
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        body = {"content": text, "add_special": True, "parse_special": True}
+        response = httpx.post(f"{self.address}/tokenize", json=body, headers=headers, timeout=60, trust_env=False)
+        response.raise_for_status()
+        tokens: list[int] = response.json()["tokens"]
+        return tokens
 
     def close(self) -> None:
         "Stop the server and free the weights; calling it twice is harmless."
@@ -404,6 +414,7 @@ def chat_weights() -> Path:
 # %% ../nbs/engine.ipynb #2287b8a6
 _engines: dict[Path, Engine] = {}
 _engines_lock = threading.Lock()
+_forked = False
 
 
 def get_engine(
@@ -424,16 +435,22 @@ def close_engines() -> None:
     "Stop every engine of this process; the next `get_engine` starts a new one."
     with _engines_lock:
         while _engines:
-            _engines.popitem()[1].close()
+            engine = _engines.popitem()[1]
+            _keep_alive(engine) if _forked else engine.close()
+
+
+def _keep_alive(engine: Engine) -> None:
+    "Never free this server: in a forked child its threads are gone or shared, and joining them would abort."
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._server))
 
 
 def _start_afresh_after_fork() -> None:
-    global _engines, _engines_lock
-    _parents.append(_engines)    # kept, because freeing a server whose threads did not survive the fork would hang
-    _engines, _engines_lock = {}, threading.Lock()
+    global _engines, _engines_lock, _forked
+    for engine in _engines.values():
+        _keep_alive(engine)
+    _engines, _engines_lock, _forked = {}, threading.Lock(), True
 
 
-_parents: list[dict[Path, Engine]] = []
 atexit.register(close_engines)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_afresh_after_fork)

@@ -1,0 +1,37 @@
+"""What nbval needs to know about nbdev's notebooks, and the network guard for the chapters' kernels.
+
+nbval does not read nbdev's directives, and calls the outputs of a cleaned notebook, which stores no execution
+counts, "unrun". So cells that are never evaluated are skipped, and every other cell counts as run: a cell that
+prints what it did not print before fails, as does one that prints nothing where something is stored.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from guard import install
+
+NOT_EVALUATED = re.compile(r"^#\|\s*eval:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    "Install the network guard: kernels inherit it."
+    install(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Prepare the cells that nbval collected."
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if cell is None:
+            continue
+        if NOT_EVALUATED.search(cell.source):
+            item.options["skip"] = True
+        elif cell.execution_count is None:
+            cell.execution_count = 1
