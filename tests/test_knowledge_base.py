@@ -102,10 +102,10 @@ def test_markdown_front_matter_headings_comments_and_fences():
 
 def test_html_keeps_headings_rows_and_meta_and_drops_what_is_not_seen():
     document = read_document("a.html", (
-        "<html><head><title>T</title><meta name=allowed_groups content='[risk, audit]'><style>p{}</style></head><body>"
-        "<h1>Rates</h1><p>One <b>bold</b> word.</p><!-- comment text --><div hidden>ghost</div>"
-        "<p style='display: none'>unseen</p><h2>Table</h2><table><tr><th>Card</th><th>APR</th></tr>"
-        "<tr><td>Classic</td><td>24.9%</td></tr></table>tail<script>evil()</script></body></html>").encode())
+        b"<html><head><title>T</title><meta name=allowed_groups content='[risk, audit]'><style>p{}</style></head><body>"
+        b"<h1>Rates</h1><p>One <b>bold</b> word.</p><!-- comment text --><div hidden>ghost</div>"
+        b"<p style='display: none'>unseen</p><h2>Table</h2><table><tr><th>Card</th><th>APR</th></tr>"
+        b"<tr><td>Classic</td><td>24.9%</td></tr></table>tail<script>evil()</script></body></html>"))
     assert document.text == "Rates\n\nOne bold word.\n\nTable\n\n| Card | APR |\n|---|---|\n| Classic | 24.9% |\n\ntail"
     assert [block.section for block in document.blocks] == ["Rates", "Rates > Table"]
     assert document.metadata["title"] == "T" and document.metadata["allowed_groups"] == ["risk", "audit"]
@@ -381,7 +381,7 @@ except LlmopsRefError as error:
 """
     searched = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert searched.returncode == 0, searched.stderr
-    assert "IndexDamagedError" in searched.stdout and "ingest again" in searched.stdout or searched.stdout.strip() == "3"
+    assert ("IndexDamagedError" in searched.stdout and "ingest again" in searched.stdout) or searched.stdout.strip() == "3"
     base = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
     base.ingest(folder, progress=False)
     check_index(base, folder)
@@ -539,7 +539,7 @@ def test_an_error_in_the_model_leaves_a_usable_index(tmp_path):
     with pytest.raises(ConnectionError):
         base.ingest(folder, progress=False)
     healthy = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
-    assert 0 < len(healthy) and healthy.search("card")
+    assert len(healthy) > 0 and healthy.search("card")
     healthy.ingest(folder, progress=False)
     check_index(healthy, folder)
 
