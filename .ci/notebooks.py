@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
 MEASURED = "# NBVAL_IGNORE_OUTPUT"
 TIMEOUT = 1800
+REPEATABLE = {"LLMOPS_REF_CHAT_WEIGHTS": "Q4_1", "LLMOPS_REF_THREADS": "1"}    # as in nbs/conftest.py
 
 
 def chapters() -> list[Path]:
@@ -112,10 +113,11 @@ def main() -> int:
     parser.add_argument("action", choices=["run", "export", "check"])
     parser.add_argument("names", nargs="*", help="chapters to run, such as `rag`; all of them without any")
     parser.add_argument("--measure", action="store_true", help="store new outputs of measured cells too")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.action == "export":
         export(ROOT)
     elif options.action == "run":
+        os.environ.update(REPEATABLE)
         for path in chapters():
             if not options.names or path.stem in options.names:
                 run(path, options.measure)

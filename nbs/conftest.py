@@ -7,6 +7,7 @@ prints what it did not print before fails, as does one that prints nothing where
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from guard import install
 
+REPEATABLE = {"LLMOPS_REF_CHAT_WEIGHTS": "Q4_1", "LLMOPS_REF_THREADS": "1"}    # the same answers on every machine
 NOT_EVALUATED = re.compile(r"^#\|\s*eval:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    "Install the network guard: kernels inherit it."
+    "Install the network guard and pin what the engine would choose by trial: kernels inherit both."
     install(config)
+    os.environ.update(REPEATABLE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
