@@ -529,6 +529,7 @@ _MANIFEST, _MARKER, _LOCK = "index.json", "writing", "writer.lock"
 _NEVER = 2**31 - 1                            # a threshold that Chroma does not reach
 _COMPACT_AFTER = 1000                         # changes that a reader may have to replay when it opens the index
 _PAGE = 1000                                  # rows a read or write
+_GROUP = 1024                                 # chunks to embed in one go: the model batches texts of equal length
 _COLLECTION = "passages"
 _PROBE = "The early bird catches the worm, and the second mouse gets the cheese."
 
@@ -1033,7 +1034,7 @@ class _Writer:
             self._bar.update(reading.size)
         else:
             self._group.append(reading)
-            if sum(len(held.chunks) for held in self._group) >= 256:
+            if sum(len(held.chunks) for held in self._group) >= _GROUP:
                 self.flush()
 
     def flush(self) -> None:
@@ -1043,8 +1044,8 @@ class _Writer:
             return
         texts = [chunk.text for reading in group for chunk in reading.chunks]
         parts = []
-        for low in range(0, len(texts), 256):
-            parts.append(_vectors(self.base.embeddings, texts[low:low + 256]))
+        for low in range(0, len(texts), 2 * _GROUP):
+            parts.append(_vectors(self.base.embeddings, texts[low:low + 2 * _GROUP]))
             self._bar.update(sum(reading.size for reading in group) * len(parts[-1]) / len(texts))
         self._wait()
         self._pending = self._writes.submit(self._write, group, texts, np.concatenate(parts))

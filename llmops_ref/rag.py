@@ -76,7 +76,7 @@ _STOP = frozenset(re.findall(r"\w+", """
     a about all am an and any are as at be been but by can could did do does for from get had has have having he her here hers him his
     how i if in into is it its itself just let may me might must my of on one or our ours please s shall she should so some such t tell
     than that the their them then there these they this those to up us was we were what when where which who whom whose why will with
-    would you your yours northmere bank"""))
+    would you your yours northmere bank percent per cent pound pounds dollar dollars euro euros"""))
 _NEGATIONS = frozenset(["not", "no", "never", "none", "nothing", "nobody", "cannot", "without", "neither", "nor"])
 _NUMBERS = {word: str(number) for number, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}  # noqa: SIM905
@@ -171,6 +171,18 @@ def _units(passage: Passage) -> Iterator[_Unit]:
             yield _Unit(passage, start, end, passage.section or "")
 
 # %% ../nbs/rag.ipynb #147dd731
+_CLAUSE = re.compile(r"[,;:]\s|\band\b|\bor\b|\bbut\b|\n")
+
+
+def _paired(names: set[str], amounts: set[str], unit: _Unit) -> bool:
+    "Where a unit pairs several names with several amounts, whether each amount stands beside one of `names`."
+    clauses = re.split(r";\s", unit.readable()) if _cells(unit.text) else _CLAUSE.split(unit.text)
+    pairs = [(_amounts(clause), _stems(clause) & names) for clause in clauses]
+    if not any(found and beside for found, beside in pairs):
+        return True
+    return all(any(amount in found and beside for found, beside in pairs) for amount in amounts)
+
+
 def find_support(
     sentence: str,                     # one generated sentence
     passages: Sequence[Passage],       # where its support may stand
@@ -179,8 +191,8 @@ def find_support(
 ) -> Citation | None:                  # the sentence or row that supports it, or None
     """Find one sentence or table row that says what `sentence` says, as far as words can tell.
 
-    It must hold every number, amount and name of the sentence, most of its content words, and deny something exactly
-    where the sentence does. Words are compared, not meanings: "the bank pays the customer" and "the customer pays the
+    It must hold every number, amount and name of the sentence, most of its content words, pair amounts with the same
+    names, and deny something exactly where the sentence does. Words are compared, not meanings: "the bank pays the customer" and "the customer pays the
     bank" support each other. A sentence that joins facts from two sentences is not supported.
     """
     words, amounts, names, negated = _stems(sentence), _amounts(sentence), _names(sentence), _negated(sentence)
@@ -193,7 +205,7 @@ def find_support(
             continue
         share = len(words & around) / max(1, len(words))
         tightness = len(words & around) / max(1, len(around))
-        if share >= overlap and (best is None or share + tightness > best[0]):
+        if share >= overlap and _paired(names, amounts, unit) and (best is None or share + tightness > best[0]):
             best = share + tightness, unit
     return best[1].citation() if best else None
 
@@ -328,7 +340,7 @@ class RAG(Runnable[str, Answer]):
         *,
         k: int = 4,                                      # passages to search for
         min_score: float = 0.4,                          # decline where the best passage's cosine is lower
-        sentences: int | None | Literal["auto"] = "auto",    # best sentences in the prompt; None: whole passages
+        sentences: int | Literal["auto"] | None = "auto",    # best sentences in the prompt; None: whole passages
         budget: int = 1500,                              # estimated tokens of documents in the prompt
         options: Mapping[str, Any] | None = None,        # for the chat model; None: temperature 0, at most 80 tokens
     ) -> None:

@@ -1,5 +1,6 @@
 """The knowledge base: reading, splitting, updating, and surviving."""
 
+import itertools
 import json
 import os
 import random
@@ -153,7 +154,7 @@ def check_chunks(document: Document, limit: int = 200) -> None:
         assert document.text[chunk.start:chunk.end] == chunk.text == chunk.text.strip() != ""
         assert estimate_tokens(chunk.text) <= limit + 60 or len(chunk.text.split()) < 3
     spans = [(chunk.start, chunk.end) for chunk in chunks]
-    assert spans == sorted(spans) and all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert spans == sorted(spans) and all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     covered = "".join("".join(chunk.text.split()) for chunk in chunks)
     assert covered == "".join(document.text.split()), "no character is lost, none is doubled"
 
@@ -395,7 +396,7 @@ class Slow(HashEmbeddings):
     def embed_documents(self, texts):
         time.sleep({pause})
         return super().embed_documents(texts)
-module._COMPACT_AFTER = {compact}
+module._COMPACT_AFTER, module._GROUP = {compact}, 100
 base = module.KnowledgeBase.open({index!r}, Slow(), lock_timeout={timeout})
 print("open", flush=True)
 report = base.ingest({folder!r}, progress=False)
@@ -475,14 +476,14 @@ while time.time() < end:
     except EmptyIndexError:
         pass
     sizes.append(len(base))
-while time.time() < end + 20 and len(base) < {final}:
+while time.time() < end + 90 and len(base) < {final}:
     time.sleep(0.1)
 print(len(sizes), max(sizes), len(base), flush=True)
 """
 
 
 def test_two_processes_read_while_one_writes(tmp_path):
-    folder, index = write_docs(tmp_path / "docs", 60, words=1500), tmp_path / "index"
+    folder, index = write_docs(tmp_path / "docs", 40, words=1000), tmp_path / "index"
     final = sum(len(split_document(read_document(path))) for path in folder.iterdir())
     KnowledgeBase.open(index, HashEmbeddings()).ingest(folder / "doc000.md", progress=False)
     script = READ.format(tests=str(Path(__file__).parent), package=str(Path(module.__file__).parents[1]), index=str(index), seconds=4, final=final)
@@ -490,10 +491,10 @@ def test_two_processes_read_while_one_writes(tmp_path):
     for reader in readers:
         assert reader.stdout.readline().strip() == "open"
     writer = start_ingest(index, folder, pause=0.3)
-    out, error = writer.communicate(timeout=90)
+    out, error = writer.communicate(timeout=150)
     assert writer.returncode == 0, error
     for reader in readers:
-        out, error = reader.communicate(timeout=90)
+        out, error = reader.communicate(timeout=150)
         assert reader.returncode == 0, error
         assert int(out.split()[-1]) == final, "a reader sees the new documents"
     check_index(KnowledgeBase.open(index, HashEmbeddings()), folder)
@@ -527,7 +528,8 @@ def test_threads_search_while_one_ingests(tmp_path, monkeypatch):
     check_index(base, folder)
 
 
-def test_an_error_in_the_model_leaves_a_usable_index(tmp_path):
+def test_an_error_in_the_model_leaves_a_usable_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_GROUP", 100)
     folder = write_docs(tmp_path / "docs", 30, words=1500)
     class Failing(HashEmbeddings):
         def embed_documents(self, texts):

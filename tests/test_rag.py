@@ -14,6 +14,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableLambda
+from pydantic import Field
 
 from llmops_ref.core import BadInputError, LlmopsRefError
 from llmops_ref.knowledge_base import EmptyIndexError, read_document
@@ -28,7 +29,7 @@ class Scripted(BaseChatModel):
     reply: str = ""
     error: Exception | None = None
     model_name: str = "scripted"
-    seen: list[Any] = []
+    seen: list[Any] = Field(default_factory=list)
 
     @property
     def _llm_type(self) -> str:
@@ -121,6 +122,19 @@ def test_unsupported_sentences(sentence, base):
     assert not supported(sentence, [*base.search("costs", 10)])
 
 
+@pytest.mark.parametrize(("claim", "holds"), [
+    ("The Plus account costs £8 a month.", True),
+    ("The Premium account costs £18 a month.", True),
+    ("The Premium account costs £8 a month.", False),
+    ("The fee for a replacement card is £15 with Plus.", True),
+    ("The fee for a replacement card is £15 with Premium.", False),
+])
+def test_amounts_stay_with_their_names_inside_one_sentence_or_row(claim, holds):
+    prose = passage("From 2 February 2026 the Plus account costs £8 a month and the Premium account costs £18 a month.")
+    row = Passage("| Replacement card | £15 | £0 |", "a.md", None, "Fees", 0.9, "id", 0, 31, {}, "| Service | Plus | Premium |")
+    assert supported(claim, [prose, row]) is holds
+
+
 def test_numbers_are_compared_in_one_spelling():
     text = passage("Up to 1,000.00 pounds are paid within three days, at 2.50 per cent.")
     assert supported("Up to £1000 are paid within 3 days at 2.5%.", [text])
@@ -177,7 +191,7 @@ def test_a_quoted_table_row_is_readable_and_cited_verbatim(base):
 
 
 def test_nothing_relevant_is_declined_without_asking_the_model(base):
-    model = Scripted(reply="The moon is made of cheese.", seen=[])
+    model = Scripted(reply="The moon is made of cheese.")
     answer = RAG(base, model, min_score=0.9).ask("How far away is the moon?")
     check(answer)
     assert answer.refused and not answer.citations and model.seen == [] and answer.passages
@@ -208,12 +222,12 @@ def test_sync_async_and_runnable_agree(base):
 
 
 def test_the_prompt_fits_its_budget_and_its_model(base):
-    small = Scripted(reply="x", seen=[], model_name="SmolLM2-135M-Instruct")
+    small = Scripted(reply="x", model_name="SmolLM2-135M-Instruct")
     RAG(base, small, min_score=0.1).ask("What does the Premium account cost a month?")
     (messages, options), = small.seen
     assert "£18" in messages[-1].content and "£8 a" not in messages[-1].content, "one sentence for the smallest model"
     assert options["max_tokens"] == 80 and options["temperature"] == 0.0
-    large = Scripted(reply="x", seen=[])
+    large = Scripted(reply="x")
     RAG(base, large, min_score=0.1).ask("What does the Premium account cost a month?")
     assert "£8 a month" in large.seen[0][0][-1].content
     many = build_prompt("Why?", ["word " * 300] * 10, budget=700)
