@@ -7,6 +7,7 @@ So exported cells stay, marked with the module they go to, and nothing runs.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -41,8 +42,20 @@ class FrontMatter(FrontmatterProc):
             self.nb.cells.insert(0, mk_cell(f"---\n{yaml.safe_dump(self.fm, allow_unicode=True)}---\n", "raw"))
 
 
+def only_imports(
+    source: str,    # of a cell
+) -> bool:
+    "Whether a cell does nothing but import, so that a reader can do without seeing it first."
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:    # a magic
+        return False
+    flat = [inner for outer in statements for inner in (outer.body if isinstance(outer, ast.If) else [outer])]
+    return bool(flat) and all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in flat)
+
+
 class ShowExports(Processor):
-    "Keep exported code on the page, marked with its module; drop cells that only serve the build."
+    "Keep exported code on the page, marked with its module; fold imports; drop cells that only serve the build."
 
     def begin(self) -> None:
         modules = [cell.directives_["default_exp"][0] for cell in self.nb.cells if "default_exp" in cell.directives_]
@@ -52,10 +65,14 @@ class ShowExports(Processor):
             directives = cell.directives_.keys()
             if directives & HIDDEN:
                 continue
-            if module and directives & EXPORTED:
-                cells.append(mk_cell(f"::: {{.exported}}\nexported to `{module}`\n:::", "markdown"))
             if cell.cell_type == "code":
                 cell.source = NBVAL.sub("", DIRECTIVE.sub("", cell.source)).strip("\n")
+                if only_imports(cell.source):
+                    cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+            elif not cell.source.strip():
+                continue
+            if module and directives & EXPORTED and "code-fold" not in cell.source:
+                cells.append(mk_cell(f"::: {{.exported}}\nexported to `{module}`\n:::", "markdown"))
             cells.append(cell)
         self.nb.cells = cells
 
