@@ -184,21 +184,12 @@ def _report_error(error: Exception, as_json: bool) -> int:
     return 2 if foreseen else 1
 
 
-def _skip_slow_import() -> None:
-    """Keep `jsonschema`, which Chroma imports, from compiling dozens of grammars for address formats at import.
-
-    It does so where JupyterLab brought `rfc3987_syntax`, goes on without it, and nothing here checks such formats.
-    """
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-
-
 def main(
     arguments: Sequence[str] | None = None,    # as in sys.argv without the program; None takes them from there
 ) -> int:
     "Run one command and return its exit code; see the table at the top of the chapter."
     parsed = _parser().parse_args(arguments)
     disable_telemetry()
-    _skip_slow_import()
     try:
         return int(parsed.run(parsed))
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import time
 import zlib
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -614,12 +616,28 @@ def _check_model(manifest: _Manifest, embeddings: Embeddings) -> None:
         )
 
 # %% ../nbs/knowledge_base.ipynb #c25efbc8
+def _import_chroma() -> ModuleType:
+    """Import Chroma, with its telemetry off and without seconds of work that nothing here needs.
+
+    Chroma imports `jsonschema`, which, where JupyterLab brought `rfc3987_syntax`, compiles dozens of grammars for
+    address formats at import and goes on without them otherwise. So that one package is hidden for the moment.
+    """
+    disable_telemetry()
+    hidden = sys.modules.keys().isdisjoint({"rfc3987_syntax", "jsonschema"})
+    if hidden:
+        sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+    try:
+        return require("chromadb", extra="rag")
+    finally:
+        if hidden:
+            del sys.modules["rfc3987_syntax"]
+
+
 class _Store:
     "One generation: a Chroma collection in a folder of its own, seen by one client of its own."
 
     def __init__(self, folder: Path, persist_at: int = _NEVER) -> None:
-        disable_telemetry()
-        chromadb = require("chromadb", extra="rag")
+        chromadb = _import_chroma()
         shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
         configuration = require("chromadb.config", extra="rag")
         settings = configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False)
@@ -804,6 +822,7 @@ class KnowledgeBase:
         others = [item for item in folder.iterdir() if item.name != _LOCK and not item.name.startswith(".")] if folder.exists() else []
         if others and not (folder / _MANIFEST).exists():
             raise IndexFormatError(f"The folder {folder.name!r} holds other files and no index.", "Name a new or empty folder.")
+        _import_chroma()    # here, so that the first search or ingest does not pay for it
         if embeddings is None:
             from llmops_ref.models import load_embeddings
 

@@ -76,7 +76,7 @@ _STOP = frozenset(re.findall(r"\w+", """
     a about all am an and any are as at be been but by can could did do does for from get had has have having he her here hers him his
     how i if in into is it its itself just let may me might must my of on one or our ours please s shall she should so some such t tell
     than that the their them then there these they this those to up us was we were what when where which who whom whose why will with
-    would you your yours northmere bank percent per cent pound pounds dollar dollars euro euros"""))
+    would you your yours percent per cent pound pounds dollar dollars euro euros"""))
 _NEGATIONS = frozenset(["not", "no", "never", "none", "nothing", "nobody", "cannot", "without", "neither", "nor"])
 _NUMBERS = {word: str(number) for number, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}  # noqa: SIM905
@@ -220,7 +220,8 @@ def supported(
 # %% ../nbs/rag.ipynb #747f9c39
 def _ranked(question: str, passages: Sequence[Passage], knowledge_base: KnowledgeBase) -> list[_Unit]:
     "Sentences and rows of `passages`, the one nearest to the question first: by embedding, passage and shared words."
-    units = [unit for passage in passages for unit in _units(passage)]
+    found = [unit for passage in passages for unit in _units(passage)]
+    units = [unit for unit in found if _cells(unit.text) or len(_stems(unit.text)) > 2] or found    # a title is no quotation
     if not units:
         return [_Unit(passages[0], 0, len(passages[0].text), passages[0].section or "")]
     titles = [f"{unit.passage.metadata.get('title', '')}: {(unit.passage.section or '').rpartition(' > ')[2]}" for unit in units]
@@ -282,10 +283,10 @@ class _Draft:
         "Take a piece of generated text; return what may be shown now."
         self.message = chunk if self.message is None else self.message + chunk
         self._open += chunk.text if isinstance(chunk.text, str) else str(chunk.content)
-        released = ""
-        while match := re.search(r"(?<!\d)[.!?][\"”’)]*\s+|[.!?][\"”’)]*\s+(?=[A-Z])|\n+", self._open):
-            sentence, self._open = self._open[: match.end()], self._open[match.end():]
-            released += self._check(sentence)
+        spans = sentences(self._open)
+        released = "".join(self._check(self._open[start:end]) for start, end in spans[:-1])
+        if len(spans) > 1:
+            self._open = self._open[spans[-1][0]:]
         return released
 
     def _check(self, sentence: str) -> str:
@@ -293,7 +294,7 @@ class _Draft:
         if self._cut or not sentence.strip():
             return ""
         support = find_support(sentence, self.passages)
-        if support is None:
+        if support is None or self._says_nothing(sentence):
             self._cut = True
             return ""
         if support not in self.citations:
@@ -301,6 +302,11 @@ class _Draft:
         released = (" " if self.text else "") + sentence.strip()
         self.text += released
         return released
+
+    def _says_nothing(self, sentence: str) -> bool:
+        "Whether a few words only repeat the question: a name is no answer to a question about it."
+        new = (_stems(sentence) - _stems(self.question)) or (_amounts(sentence) - _amounts(self.question))
+        return not new and len(sentence.split()) < 4
 
     def close(self) -> str:
         "Check what is left, fall back to a quotation where nothing was supported; return the last text to show."
