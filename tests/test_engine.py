@@ -276,7 +276,7 @@ def test_pip_failing_says_why_and_what_else_to_do(cache, tmp_path, monkeypatch, 
 
 def test_without_pip_the_remedy_names_ensurepip_and_the_folder(cache, monkeypatch):
     monkeypatch.setattr(module.util, "find_spec", lambda name: None)
-    with pytest.raises(FetchError, match="ensurepip.*--from FOLDER"):
+    with pytest.raises(FetchError, match=r"ensurepip.*--from FOLDER"):
         fetch_chat_model(progress=False)
 
 
@@ -530,7 +530,7 @@ def test_the_environment_decides_without_a_trial(monkeypatch):
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " "])
 def test_a_thread_count_that_is_none_is_refused(monkeypatch, value):
     monkeypatch.setenv("LLMOPS_REF_THREADS", value)
-    with pytest.raises(BadInputError, match="LLMOPS_REF_THREADS.*whole number"):
+    with pytest.raises(BadInputError, match=r"LLMOPS_REF_THREADS.*whole number"):
         choose_threads("absent.gguf")
 
 
@@ -675,7 +675,7 @@ def test_the_environment_decides_before_the_trial(named, monkeypatch):
 @pytest.mark.parametrize("value", ["Q4_0", "q8_0", "../../etc/passwd"])
 def test_weights_that_do_not_exist_are_refused(named, monkeypatch, value):
     monkeypatch.setenv("LLMOPS_REF_CHAT_WEIGHTS", value)
-    with pytest.raises(BadInputError, match="LLMOPS_REF_CHAT_WEIGHTS.*Q4_1 or Q8_0"):
+    with pytest.raises(BadInputError, match=r"LLMOPS_REF_CHAT_WEIGHTS.*Q4_1 or Q8_0"):
         chat_weights()
 
 

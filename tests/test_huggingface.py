@@ -212,13 +212,13 @@ def test_pieces_come_as_soon_as_they_are_safe():
 @pytest.mark.parametrize(("question", "options"), [("fee " * 9000, {}), ("Hello", {"max_tokens": 8190})])
 def test_a_prompt_without_room_is_refused_before_any_work(chat, monkeypatch, ask, question, options):
     monkeypatch.setattr(chat.model, "generate", None)
-    with pytest.raises(ContextTooLongError, match="8192.*Shorten"):
+    with pytest.raises(ContextTooLongError, match=r"8192.*Shorten"):
         ask(chat, question, **options)
 
 
 def test_a_base_model_is_refused(chat, monkeypatch):
     monkeypatch.setattr(chat.tokenizer, "chat_template", None)
-    with pytest.raises(BadInputError, match="no chat template.*instruction-tuned"):
+    with pytest.raises(BadInputError, match=r"no chat template.*instruction-tuned"):
         chat.invoke("Hello")
 
 
