@@ -458,7 +458,7 @@ while time.monotonic() < deadline:
 os.kill(pid, 9)
 sys.exit("the child hangs")
 """)
-    output, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 7, errors
 
 
