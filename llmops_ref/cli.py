@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -136,14 +137,21 @@ def _demo(arguments: argparse.Namespace) -> int:
     from llmops_ref.models import load_chat_model
     from llmops_ref.rag import RAG
 
-    print("Indexing the sample handbook of a fictional bank ...")
+    show = (lambda text: None) if arguments.json else print
+    show("Indexing the sample handbook of a fictional bank ...")
     knowledge_base = KnowledgeBase.open(handbook_index())
     with resources.as_file(resources.files("llmops_ref") / "data" / "handbook") as folder:
-        print(_show_report(knowledge_base.ingest([folder])))
+        report = knowledge_base.ingest([folder], progress=not arguments.json)
+    show(_show_report(report))
     rag = RAG(knowledge_base, load_chat_model())
+    answers = {}
     for question in DEMO_QUESTIONS:
-        print(f"\n> {question}\n\n{_show_answer(rag.ask(question))}")
-    print('\nAsk your own: llmops-ref ask "..."   Your own documents: llmops-ref ingest PATH')
+        answers[question] = rag.ask(question)
+        show(f"\n> {question}\n\n{_show_answer(answers[question])}")
+    if arguments.json:
+        result = {"report": report.to_dict(), "answers": {question: answer.to_dict() for question, answer in answers.items()}}
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+    show('\nAsk your own: llmops-ref ask "..."   Your own documents: llmops-ref ingest PATH')
     return 0
 
 # %% ../nbs/cli.ipynb #b43fc256
@@ -190,8 +198,13 @@ def main(
     "Run one command and return its exit code; see the table at the top of the chapter."
     parsed = _parser().parse_args(arguments)
     disable_telemetry()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")    # a console that cannot show a pound sign gets a question mark
     try:
-        return int(parsed.run(parsed))
+        code = int(parsed.run(parsed))
+        sys.stdout.flush()    # here, where a reader that went away is no error
+        return code
     except KeyboardInterrupt:
         print("llmops-ref: interrupted; what was complete is kept", file=sys.stderr)
         return 130

