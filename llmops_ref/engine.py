@@ -240,6 +240,7 @@ class Engine:
                 "Check that it is a GGUF file for this version of xllamacpp, or run: llmops-ref doctor",
             ) from error
         self.address: str = self._server.listening_address
+        self.complete("a", 1)    # a server that is closed before its loop runs would never return, so make sure it runs
 
     @property
     def base_url(self) -> str:

@@ -128,6 +128,11 @@ def _raise_own_cause(error: BaseException) -> None:
         raise cause from None
 
 
+def _require_chunk(chunk: ChatGenerationChunk | None) -> None:
+    if chunk is None:
+        raise ValueError("the stream is empty")
+
+
 class OpenAICompatibleChat(ChatOpenAI):
     "LangChain's `ChatOpenAI` for any endpoint, with usage in streams and errors that name the remedy."
 
@@ -142,7 +147,10 @@ class OpenAICompatibleChat(ChatOpenAI):
 
     def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
         with self._errors():
-            yield from super()._stream(*args, **kwargs)
+            chunk = None
+            for chunk in super()._stream(*args, **kwargs):
+                yield chunk
+            _require_chunk(chunk)
 
     async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
         with self._errors():
@@ -150,8 +158,10 @@ class OpenAICompatibleChat(ChatOpenAI):
 
     async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
         with self._errors():
+            chunk = None
             async for chunk in super()._astream(*args, **kwargs):
                 yield chunk
+            _require_chunk(chunk)
 
 
 class OpenAICompatibleEmbeddings(OpenAIEmbeddings):
