@@ -20,14 +20,19 @@ def printed(
     cell: nbformat.NotebookNode,    # an executed code cell
 ) -> str:                           # Markdown for what it printed; empty when it printed nothing
     "Turn a cell's stored outputs into Markdown: a table as it is, text in a fence."
-    parts = []
-    for output in cell.outputs:
+    parts, text = [], ""
+    for output in [*cell.outputs, {}]:    # the last, empty one closes the fence
         data = output.get("data", {})
+        if "text" in output:
+            text += output["text"]        # one print may be stored in several pieces
+            continue
+        if text.strip():
+            parts.append(f"```text\n{text.strip()}\n```")
+            text = ""
         if "text/markdown" in data:
             parts.append(data["text/markdown"].strip())
-        else:
-            text = (output.get("text") or data.get("text/plain", "")).strip()
-            parts.append(f"```text\n{text}\n```")
+        elif "text/plain" in data:
+            parts.append(f"```text\n{data['text/plain'].strip()}\n```")
     return "\n\n".join(parts)
 
 
