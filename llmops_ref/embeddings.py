@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 from langchain_core.embeddings import Embeddings
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llmops_ref.core import (
     BadInputError,

@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 from filelock import FileLock
 from packaging.version import Version
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llmops_ref.core import (
     BadInputError,

@@ -1039,7 +1039,7 @@ class _Writer:
     def bar(self, files: Sequence[_File], progress: bool) -> Iterator[_File]:
         "Yield the files below a progress bar of their bytes."
         total = sum(file.path.stat().st_size for file in files if file.path.exists())
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="ingest", delay=2, disable=not progress)
         yield from files

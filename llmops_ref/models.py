@@ -301,7 +301,9 @@ def load_chat_model(
     with _loading(full):
         if provider in loaders:
             return loaders[provider](name, dict(options))
-        model = require("langchain.chat_models", extra="embedded").init_chat_model(full, **options)
+        from langchain.chat_models import init_chat_model
+
+        model = init_chat_model(full, **options)
         assert isinstance(model, BaseChatModel)
         return model
 
@@ -327,7 +329,9 @@ def load_embeddings(
             options.setdefault("check_embedding_ctx_length", False)    # true would fetch a tokenizer from the network
             loaded = OpenAICompatibleEmbeddings(model=name, **_with_address(options))
         else:
-            loaded = require("langchain.embeddings", extra="embedded").init_embeddings(full, **options)
+            from langchain.embeddings import init_embeddings
+
+            loaded = init_embeddings(full, **options)
         assert isinstance(loaded, Embeddings)
         return loaded
 

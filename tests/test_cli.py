@@ -78,7 +78,12 @@ def python(script: str, *arguments: object, stdout: int = subprocess.PIPE, **env
     paths = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])
     named = {name: str(value) for name, value in environment.items()}
     return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], env={**os.environ, "PYTHONPATH": paths, **named}, stdout=stdout, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, **named},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),    # a shell that runs the tests with & ignores it
     )
 
 
