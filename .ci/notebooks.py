@@ -50,6 +50,21 @@ def keep_measurements(
     return kept
 
 
+def join_streams(
+    notebook: nbformat.NotebookNode,    # changed in place
+) -> None:
+    "Join what one cell printed in several pieces, as it depends on timing where they were cut."
+    for cell in notebook.cells:
+        joined: list[nbformat.NotebookNode] = []
+        for output in cell.get("outputs", []):
+            if joined and output.output_type == "stream" and joined[-1].get("name") == output.name:
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = joined
+
+
 def run(
     path: Path,       # the notebook
     measure: bool,    # whether measured cells take their new outputs
@@ -65,6 +80,7 @@ def run(
     encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(after, timeout=TIMEOUT, kernel_name="python3", resources=folder, config=encrypted, store_widget_state=False).execute()
+    join_streams(after)
     kept = 0 if measure else keep_measurements(before, after)
     nbformat.write(after, path)
     nbdev_clean.__wrapped__(fname=str(path))
