@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
 MEASURED = "# NBVAL_IGNORE_OUTPUT"
 TIMEOUT = 1800
-REPEATABLE = {"LLMOPS_REF_CHAT_WEIGHTS": "Q4_1", "LLMOPS_REF_THREADS": "1"}    # as in nbs/conftest.py
+REPEATABLE = {    # as in nbs/conftest.py
+    "LLMOPS_REF_CHAT_WEIGHTS": "Q4_1",
+    "LLMOPS_REF_THREADS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+}
 
 
 def chapters() -> list[Path]:

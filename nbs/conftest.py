@@ -18,7 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from guard import install
 
-REPEATABLE = {"LLMOPS_REF_CHAT_WEIGHTS": "Q4_1", "LLMOPS_REF_THREADS": "1"}    # the same answers on every machine
+REPEATABLE = {    # the same answers and outputs on every machine
+    "LLMOPS_REF_CHAT_WEIGHTS": "Q4_1",
+    "LLMOPS_REF_THREADS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",    # tqdm, where ipywidgets is not installed
+}
 NOT_EVALUATED = re.compile(r"^#\|\s*eval:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
 
 
