@@ -32,7 +32,7 @@ def _with_scales(tensor: Any) -> Iterator[Any]:
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         yield from (state.absmax, state.code, state.offset)
-        state = state.state2
+        state = getattr(state, "state2", None)    # the CPU kernels take it away at the first call
 
 
 def stored_bytes(

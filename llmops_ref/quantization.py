@@ -74,7 +74,7 @@ class Measurement:
     "Memory and speed of one model, batch 1; speeds are over all prompts of a round."
 
     name: str                      # of the scheme or engine
-    weights: int                   # bytes, scales included, after the first forward pass
+    weights: int                   # bytes, scales included, as they were loaded
     peak_memory: int | None        # bytes while generating, weights included; None where it cannot be had
     load_seconds: float | None     # None where something else loaded the model
     first_token: Spread            # seconds from the request to the first new token
@@ -201,7 +201,10 @@ def _window(model: PreTrainedModel | Engine) -> int | None:
 
 
 def _weights(model: PreTrainedModel | Engine) -> int:
-    return model.path.stat().st_size if isinstance(model, Engine) else stored_bytes(model)
+    if isinstance(model, Engine):
+        return model.path.stat().st_size
+    record = load_record(model)
+    return record.weights if record else stored_bytes(model)
 
 
 def _load_seconds(model: PreTrainedModel | Engine) -> float | None:

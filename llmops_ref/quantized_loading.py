@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 import weakref
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core import BadInputError, LlmopsRefError, require
 from .huggingface import ModelLoadError, TransformersChat, embedded_as_transformers
-from .model_memory import AlreadyQuantizedError, UnsupportedArchitectureError, predict_memory
+from .model_memory import AlreadyQuantizedError, UnsupportedArchitectureError, predict_memory, stored_bytes
 from .number_formats import check_scheme
 
 if TYPE_CHECKING:
@@ -88,13 +89,40 @@ def quantized_linear(
     layer.weight = stored.to(weight.device)
     if bias is not None:
         layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    _keep_generic_layout(layer)
+    _avoid_broken_kernels(layer)
     return layer.eval()
 
 
-def _keep_generic_layout(layer: torch.nn.Module) -> None:
-    "Keep bitsandbytes 0.50's AVX512-BF16 kernel away from shapes that it asserts on or mis-shapes."
-    if getattr(layer, "support_avx512bf16_for_cpu", False) and (layer.in_features % 64 or layer.out_features % 32):
+@cache
+def _flat_4bit_class() -> Any:
+    bnb, torch = _bitsandbytes(), require("torch", extra="huggingface")
+
+    class FlatLinear4bit(bnb.nn.Linear4bit):    # type: ignore[name-defined, misc]
+        "Dequantizes the matrix as one long row, which is how it was quantized, and then multiplies."
+
+        def forward(self, x: Any) -> Any:
+            state = copy.copy(self.weight.quant_state)
+            shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+            weight = bnb.functional.dequantize_4bit(self.weight.data, state).reshape(shape).to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+            return torch.nn.functional.linear(x.to(self.compute_dtype), weight, bias).to(x.dtype)
+
+    return FlatLinear4bit
+
+
+def _avoid_broken_kernels(
+    layer: torch.nn.Module,    # of any kind; changed in place where it has to be
+) -> None:
+    """Keep bitsandbytes 0.50's kernels for the CPU away from shapes that they get wrong.
+
+    With AVX512 they dequantize to other values where a block of 64 weights reaches over the end of a row, and the
+    BF16 kernel asserts where the rows are no multiple of 32.
+    """
+    if not isinstance(layer, _bitsandbytes().nn.Linear4bit) or layer.weight.device.type != "cpu":
+        return
+    if layer.in_features % 64:
+        layer.__class__ = _flat_4bit_class()
+    elif layer.out_features % 32:
         layer.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/quantized_loading.ipynb #cae56980
@@ -187,6 +215,7 @@ class LoadRecord:
 
     scheme: str        # one of SCHEMES
     seconds: float     # from the first byte read to the last layer in place
+    weights: int       # bytes of weights, buffers and scales, before any kernel repacks them
 
 
 _loaded: weakref.WeakKeyDictionary[Any, LoadRecord] = weakref.WeakKeyDictionary()
@@ -336,11 +365,11 @@ def load_quantized(
         if experts:
             dtype = arguments["dtype"]
             quantize_experts(loaded, lambda weight: quantized_linear(weight.to(target), scheme, compute_dtype=dtype))
-            loaded.to(target)
+            torch.nn.Module.to(loaded, target)    # transformers' own `to` refuses 8-bit models
     loaded.eval()
+    _loaded[loaded] = LoadRecord(scheme, time.perf_counter() - started, stored_bytes(loaded))
     if scheme not in ("none", "bf16"):
         _try_one_token(loaded, scheme)
-    _loaded[loaded] = LoadRecord(scheme, time.perf_counter() - started)
     return loaded
 
 
@@ -348,7 +377,10 @@ def _try_one_token(model: PreTrainedModel, scheme: str) -> None:
     "Prove that the quantized layers run. Raises `UnsupportedSchemeError` where a kernel cannot take the architecture."
     torch = require("torch", extra="huggingface")
     for module in model.modules():
-        _keep_generic_layout(module)
+        _avoid_broken_kernels(module)
+    repacked = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in repacked:
+        module.support_avx512bf16_for_cpu = False    # the kernel would repack the weights: that is left to the first real call
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     try:
         with torch.inference_mode():
@@ -360,6 +392,9 @@ def _try_one_token(model: PreTrainedModel, scheme: str) -> None:
             f"bitsandbytes cannot run {type(model).__name__} in {scheme} on {model.device}: {(str(error).splitlines() or ['refused'])[0]}",
             "Take another scheme or device.",
         ) from error
+    finally:
+        for module in repacked:
+            module.support_avx512bf16_for_cpu = True
     if not finite:
         raise UnsupportedSchemeError(f"{type(model).__name__} gives NaN in {scheme}.", "Try compute_dtype=torch.float32 or another scheme.")
 
