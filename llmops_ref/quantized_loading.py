@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['QuantizationBackendError', 'quantized_linear', 'UnsupportedSchemeError', 'quantize_experts', 'check_architecture',
-           'NotEnoughMemoryError', 'LoadRecord', 'load_quantized', 'load_record', 'load_quantized_chat']
+           'NotEnoughMemoryError', 'LoadRecord', 'load_record', 'load_quantized', 'load_quantized_chat']
 
 # %% ../nbs/quantized_loading.ipynb #c63c173e
 class QuantizationBackendError(LlmopsRefError):
@@ -65,34 +65,7 @@ def _device(
         )
     return device
 
-# %% ../nbs/quantized_loading.ipynb #1a5478ef
-def quantized_linear(
-    weight: torch.Tensor,                  # shape (out_features, in_features), on the device it will run on
-    scheme: str,                           # int8, fp4, nf4 or nf4-double
-    *,
-    compute_dtype: torch.dtype,            # of the matrix product
-    bias: torch.Tensor | None = None,      # shape (out_features,)
-) -> torch.nn.Module:                      # a bitsandbytes Linear8bitLt or Linear4bit
-    "One linear layer, stored in `scheme`."
-    bnb, torch = _bitsandbytes(), require("torch", extra="huggingface")
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        if check_scheme(scheme) == "int8":
-            layer = bnb.nn.Linear8bitLt(in_features, out_features, bias is not None, has_fp16_weights=False, threshold=6.0)
-            stored = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        else:
-            double = scheme == "nf4-double"
-            layer = bnb.nn.Linear4bit(
-                in_features, out_features, bias is not None, compute_dtype, compress_statistics=double, quant_type=scheme[:3]
-            )
-            stored = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=scheme[:3])
-    layer.weight = stored.to(weight.device)
-    if bias is not None:
-        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    _avoid_broken_kernels(layer)
-    return layer.eval()
-
-
+# %% ../nbs/quantized_loading.ipynb #cae56980
 @cache
 def _flat_4bit_class() -> Any:
     bnb, torch = _bitsandbytes(), require("torch", extra="huggingface")
@@ -125,7 +98,34 @@ def _avoid_broken_kernels(
     elif layer.out_features % 32:
         layer.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/quantized_loading.ipynb #cae56980
+
+def quantized_linear(
+    weight: torch.Tensor,                  # shape (out_features, in_features), on the device it will run on
+    scheme: str,                           # int8, fp4, nf4 or nf4-double
+    *,
+    compute_dtype: torch.dtype,            # of the matrix product
+    bias: torch.Tensor | None = None,      # shape (out_features,)
+) -> torch.nn.Module:                      # a bitsandbytes Linear8bitLt or Linear4bit
+    "One linear layer, stored in `scheme`."
+    bnb, torch = _bitsandbytes(), require("torch", extra="huggingface")
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        if check_scheme(scheme) == "int8":
+            layer = bnb.nn.Linear8bitLt(in_features, out_features, bias is not None, has_fp16_weights=False, threshold=6.0)
+            stored = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        else:
+            double = scheme == "nf4-double"
+            layer = bnb.nn.Linear4bit(
+                in_features, out_features, bias is not None, compute_dtype, compress_statistics=double, quant_type=scheme[:3]
+            )
+            stored = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=scheme[:3])
+    layer.weight = stored.to(weight.device)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    _avoid_broken_kernels(layer)
+    return layer.eval()
+
+# %% ../nbs/quantized_loading.ipynb #67be9b0a
 class UnsupportedSchemeError(BadInputError):
     "The scheme would leave a good part of this architecture's weights as they are."
 
@@ -177,7 +177,7 @@ def quantize_experts(
         model.set_submodule(name, _experts_class()(module, make_linear))
     return len(fused)
 
-
+# %% ../nbs/quantized_loading.ipynb #790dbe04
 def check_architecture(
     config: Any,      # a transformers config
     scheme: str,      # one of SCHEMES
@@ -204,23 +204,7 @@ def check_architecture(
             "Use bf16, or a checkpoint that was quantized for your server (GPTQ, AWQ, FP8).",
         )
 
-# %% ../nbs/quantized_loading.ipynb #ee217626
-class NotEnoughMemoryError(LlmopsRefError, MemoryError):
-    "The model does not fit into the memory that is free on the device."
-
-
-@dataclass(frozen=True)
-class LoadRecord:
-    "How a model was loaded."
-
-    scheme: str        # one of SCHEMES
-    seconds: float     # from the first byte read to the last layer in place
-    weights: int       # bytes of weights, buffers and scales, before any kernel repacks them
-
-
-_loaded: weakref.WeakKeyDictionary[Any, LoadRecord] = weakref.WeakKeyDictionary()
-
-
+# %% ../nbs/quantized_loading.ipynb #ba04988e
 def _weights_folder(model: str | Path) -> str:
     "A local folder that holds a config and weights, or a hub id. Raises `ModelLoadError` naming what is missing."
     if str(model) == "embedded":
@@ -254,26 +238,11 @@ def _check_finite(folder: Path) -> None:
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file.name} is damaged: {error}.", "Get the file again and compare its SHA-256.") from error
 
+# %% ../nbs/quantized_loading.ipynb #45f26a30
+class NotEnoughMemoryError(LlmopsRefError, MemoryError):
+    "The model does not fit into the memory that is free on the device."
 
-@contextlib.contextmanager
-def _typed_load_errors(model: str | Path, need: str) -> Iterator[None]:
-    "Turn what `transformers` and PyTorch raise while loading into this library's errors."
-    torch = require("torch", extra="huggingface")
-    try:
-        yield
-    except LlmopsRefError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
-    except (OSError, ValueError, KeyError, RuntimeError, require("safetensors", extra="huggingface").SafetensorError) as error:
-        if "alloc" in str(error) and "memory" in str(error):
-            raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
-        raise ModelLoadError(
-            f"transformers could not load {str(model)!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            "Check the name, or give a local folder with config.json and *.safetensors.",
-        ) from error
 
-# %% ../nbs/quantized_loading.ipynb #67be9b0a
 def _predicted_bytes(config: Any, scheme: str) -> int | None:
     "Bytes of the weights in `scheme`, or None for an architecture whose memory cannot be predicted."
     try:
@@ -301,7 +270,26 @@ def _check_memory(
             "Take a smaller scheme or model: llmops-ref quantize predict CONFIG --gpu GIB",
         )
 
+# %% ../nbs/quantized_loading.ipynb #39471508
+@contextlib.contextmanager
+def _typed_load_errors(model: str | Path, need: str) -> Iterator[None]:
+    "Turn what `transformers` and PyTorch raise while loading into this library's errors."
+    torch = require("torch", extra="huggingface")
+    try:
+        yield
+    except LlmopsRefError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
+    except (OSError, ValueError, KeyError, RuntimeError, require("safetensors", extra="huggingface").SafetensorError) as error:
+        if "alloc" in str(error) and "memory" in str(error):
+            raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
+        raise ModelLoadError(
+            f"transformers could not load {str(model)!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            "Check the name, or give a local folder with config.json and *.safetensors.",
+        ) from error
 
+# %% ../nbs/quantized_loading.ipynb #12f50b2a
 def _loading_arguments(scheme: str, compute_dtype: torch.dtype | None) -> dict[str, Any]:
     "What `from_pretrained` needs for `scheme`: the dtype of what stays unquantized, and the quantization config."
     transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
@@ -323,6 +311,51 @@ def _loading_arguments(scheme: str, compute_dtype: torch.dtype | None) -> dict[s
     return {"dtype": dtype, "quantization_config": config}
 
 
+@dataclass(frozen=True)
+class LoadRecord:
+    "How a model was loaded."
+
+    scheme: str        # one of SCHEMES
+    seconds: float     # from the first byte read to the last layer in place
+    weights: int       # bytes of weights, buffers and scales, before any kernel repacks them
+
+
+_loaded: weakref.WeakKeyDictionary[Any, LoadRecord] = weakref.WeakKeyDictionary()
+
+
+def load_record(
+    model: PreTrainedModel,    # of `load_quantized`
+) -> LoadRecord | None:
+    "How `model` was loaded, or None where something else loaded it."
+    return _loaded.get(model)
+
+# %% ../nbs/quantized_loading.ipynb #77816aca
+def _try_one_token(model: PreTrainedModel, scheme: str) -> None:
+    "Prove that the quantized layers run. Raises `UnsupportedSchemeError` where a kernel cannot take the architecture."
+    torch = require("torch", extra="huggingface")
+    for module in model.modules():
+        _avoid_broken_kernels(module)
+    repacked = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in repacked:
+        module.support_avx512bf16_for_cpu = False    # the kernel would repack the weights: that is left to the first real call
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            finite = bool(torch.isfinite(model(token).logits).all())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UnsupportedSchemeError(
+            f"bitsandbytes cannot run {type(model).__name__} in {scheme} on {model.device}: {(str(error).splitlines() or ['refused'])[0]}",
+            "Take another scheme or device.",
+        ) from error
+    finally:
+        for module in repacked:
+            module.support_avx512bf16_for_cpu = True
+    if not finite:
+        raise UnsupportedSchemeError(f"{type(model).__name__} gives NaN in {scheme}.", "Try compute_dtype=torch.float32 or another scheme.")
+
+# %% ../nbs/quantized_loading.ipynb #c57d7564
 def load_quantized(
     model: str | Path,                            # a folder, a hub id, or "embedded"
     scheme: str,                                  # none, bf16, int8, fp4, nf4 or nf4-double
@@ -371,39 +404,6 @@ def load_quantized(
     if scheme not in ("none", "bf16"):
         _try_one_token(loaded, scheme)
     return loaded
-
-
-def _try_one_token(model: PreTrainedModel, scheme: str) -> None:
-    "Prove that the quantized layers run. Raises `UnsupportedSchemeError` where a kernel cannot take the architecture."
-    torch = require("torch", extra="huggingface")
-    for module in model.modules():
-        _avoid_broken_kernels(module)
-    repacked = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
-    for module in repacked:
-        module.support_avx512bf16_for_cpu = False    # the kernel would repack the weights: that is left to the first real call
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    try:
-        with torch.inference_mode():
-            finite = bool(torch.isfinite(model(token).logits).all())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UnsupportedSchemeError(
-            f"bitsandbytes cannot run {type(model).__name__} in {scheme} on {model.device}: {(str(error).splitlines() or ['refused'])[0]}",
-            "Take another scheme or device.",
-        ) from error
-    finally:
-        for module in repacked:
-            module.support_avx512bf16_for_cpu = True
-    if not finite:
-        raise UnsupportedSchemeError(f"{type(model).__name__} gives NaN in {scheme}.", "Try compute_dtype=torch.float32 or another scheme.")
-
-
-def load_record(
-    model: PreTrainedModel,    # of `load_quantized`
-) -> LoadRecord | None:
-    "How `model` was loaded, or None where something else loaded it."
-    return _loaded.get(model)
 
 # %% ../nbs/quantized_loading.ipynb #43d51215
 def load_quantized_chat(
