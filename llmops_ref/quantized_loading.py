@@ -225,6 +225,11 @@ def _weights_folder(model: str | Path) -> str:
     return str(folder)
 
 
+def _called(model: str | Path) -> str:
+    "The folder's own name, or the hub id."
+    return Path(model).name if Path(model).exists() else str(model)
+
+
 def _check_finite(folder: Path) -> None:
     "Raise `ModelLoadError` where a stored weight is NaN or infinite, or a file is damaged."
     safetensors, torch = require("safetensors", extra="huggingface"), require("torch", extra="huggingface")
@@ -280,12 +285,12 @@ def _typed_load_errors(model: str | Path, need: str) -> Iterator[None]:
     except LlmopsRefError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
+        raise NotEnoughMemoryError(f"Memory ran out while {_called(model)} was loaded{need}.", "Free some, or take a smaller scheme.") from error
     except (OSError, ValueError, KeyError, RuntimeError, require("safetensors", extra="huggingface").SafetensorError) as error:
         if "alloc" in str(error) and "memory" in str(error):
-            raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
+            raise NotEnoughMemoryError(f"Memory ran out while {_called(model)} was loaded{need}.", "Free some, or take a smaller scheme.") from error
         raise ModelLoadError(
-            f"transformers could not load {str(model)!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"transformers could not load {_called(model)}: {(str(error).splitlines() or [type(error).__name__])[0]}",
             "Check the name, or give a local folder with config.json and *.safetensors.",
         ) from error
 
@@ -377,7 +382,7 @@ def load_quantized(
     with _typed_load_errors(model, ""):
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) and scheme != "none":
-            raise AlreadyQuantizedError(f"{model} is quantized already.", "Load it with scheme 'none', or take the original weights.")
+            raise AlreadyQuantizedError(f"{_called(model)} is quantized already.", "Load it with scheme 'none', or take the original weights.")
         check_architecture(config, scheme)
     need = _predicted_bytes(config, scheme)
     _check_memory(need, target, scheme)
@@ -392,7 +397,7 @@ def load_quantized(
         )
         if report["missing_keys"]:
             raise ModelLoadError(
-                f"{model} lacks weights: {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more.",
+                f"{_called(model)} lacks weights: {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more.",
                 "Get the whole checkpoint; transformers would fill them with random numbers.",
             )
         if experts:
