@@ -383,9 +383,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
-    for given in ("torn.json", "list.json", "deep.json", "binary.json", "empty", "absent.json"):
+    for name in ("torn.json", "list.json", "deep.json", "binary.json", "empty", "absent.json"):
         with pytest.raises(BadConfigError):
-            load_config(tmp_path / given)
+            load_config(tmp_path / name)
     with pytest.raises(BadConfigError, match=r"Did you mean 'qwen2.5-7b'\?"):
         load_config("qwen-2.5-7b")
     for odd in (None, 3, ["llama"]):
@@ -525,8 +525,8 @@ def test_estimates_print_themselves(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BASE))
-    for given in (folder, folder / "config.json", BASE | {"_name_or_path": str(folder)}):
-        assert predict_memory(given, "bf16").model == "my-model"    # a name, never a path of this machine
+    for source in (folder, folder / "config.json", BASE | {"_name_or_path": str(folder)}):
+        assert predict_memory(source, "bf16").model == "my-model"    # a name, never a path of this machine
 
 
 def test_errors_survive_pickling() -> None:
