@@ -327,8 +327,7 @@ def test_quantized_layers_need_a_workspace_and_all_logits_more() -> None:
     assert four.activations == plain.activations + 2 * 4096 * 14336    # the widest layer, unpacked
     assert eight.activations > plain.activations
     every = predict_memory("llama-3.1-8b", "bf16", context=2048, all_logits=True)
-    assert every.activations >= 2048 * 128256 * 2 or every.activations == plain.activations
-    assert predict_memory("qwen2.5-0.5b", "bf16", context=2048, all_logits=True).activations > 2048 * 151936 * 2
+    assert every.activations > 2048 * 128256 * 2 > plain.activations
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------
