@@ -132,6 +132,8 @@ def switches(kind: str) -> dict[str, st.SearchStrategy[Any]]:
         own -= {"head_dim", "num_key_value_heads"}
     if kind.startswith("gemma") or model_memory._FAMILIES[kind].slides is None:    # needs a window, or must have none
         own -= {"sliding_window"}
+    if kind == "qwen2_moe":    # slides where its switch says so, whether or not there is a window: without one it is refused
+        choices["sliding_window"] = st.just(6)
     return {name: values for name, values in choices.items() if name in own}
 
 
@@ -359,6 +361,7 @@ def test_architectures_outside_the_table_are_refused(config: dict[str, Any]) -> 
     BASE | {"tie_word_embeddings": None}, BASE | {"layer_types": ["full_attention"]}, BASE | {"layer_types": "full_attention"},
     BASE | {"architectures": "LlamaForCausalLM"}, MIXTRAL | {"num_experts": 3}, MIXTRAL | {"num_experts_per_tok": 9},
     load_config("mistral-7b-v0.1") | {"sliding_window": "4096"}, small("gemma2", sliding_window=None),
+    small("qwen2_moe", use_sliding_window=True, sliding_window=None),
     small("smollm3", use_sliding_window=True, sliding_window=4, no_rope_layers=[1]),
     small("qwen3_moe", mlp_only_layers="all"), small("qwen2", use_sliding_window=True, max_window_layers=-1),
 ], ids=lambda config: str({key: value for key, value in config.items() if BASE.get(key) != value})[:60])
