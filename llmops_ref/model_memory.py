@@ -585,7 +585,7 @@ def trace_prefill(
 ) -> int:                 # bytes: cache and activations together; compare with `kv_cache + activations` of an estimate
     "Replay one forward over a prompt on the meta device and return the peak of live tensors beyond the weights."
     torch, transformers = require("torch", extra="huggingface"), require("transformers", extra="huggingface")
-    require("torch.utils._python_dispatch", extra="huggingface")
+    require("torch.utils._python_dispatch", extra="huggingface")    # a submodule that torch does not promise to load
     masks = require("transformers.masking_utils", extra="huggingface")
     shape = _shape(config)
     transformers.AttentionInterface.register(_TRACED, _fused_attention)

@@ -132,6 +132,8 @@ def switches(kind: str) -> dict[str, st.SearchStrategy[Any]]:
         own -= {"head_dim", "num_key_value_heads"}
     if kind.startswith("gemma") or model_memory._FAMILIES[kind].slides is None:    # needs a window, or must have none
         own -= {"sliding_window"}
+    if kind == "qwen2_moe":    # slides where its switch says so, whether or not there is a window: without one it is refused
+        choices["sliding_window"] = st.just(6)
     return {name: values for name, values in choices.items() if name in own}
 
 
@@ -327,8 +329,7 @@ def test_quantized_layers_need_a_workspace_and_all_logits_more() -> None:
     assert four.activations == plain.activations + 2 * 4096 * 14336    # the widest layer, unpacked
     assert eight.activations > plain.activations
     every = predict_memory("llama-3.1-8b", "bf16", context=2048, all_logits=True)
-    assert every.activations >= 2048 * 128256 * 2 or every.activations == plain.activations
-    assert predict_memory("qwen2.5-0.5b", "bf16", context=2048, all_logits=True).activations > 2048 * 151936 * 2
+    assert every.activations > 2048 * 128256 * 2 > plain.activations
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------
@@ -360,6 +361,7 @@ def test_architectures_outside_the_table_are_refused(config: dict[str, Any]) -> 
     BASE | {"tie_word_embeddings": None}, BASE | {"layer_types": ["full_attention"]}, BASE | {"layer_types": "full_attention"},
     BASE | {"architectures": "LlamaForCausalLM"}, MIXTRAL | {"num_experts": 3}, MIXTRAL | {"num_experts_per_tok": 9},
     load_config("mistral-7b-v0.1") | {"sliding_window": "4096"}, small("gemma2", sliding_window=None),
+    small("qwen2_moe", use_sliding_window=True, sliding_window=None),
     small("smollm3", use_sliding_window=True, sliding_window=4, no_rope_layers=[1]),
     small("qwen3_moe", mlp_only_layers="all"), small("qwen2", use_sliding_window=True, max_window_layers=-1),
 ], ids=lambda config: str({key: value for key, value in config.items() if BASE.get(key) != value})[:60])
@@ -383,9 +385,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
-    for given in ("torn.json", "list.json", "deep.json", "binary.json", "empty", "absent.json"):
+    for name in ("torn.json", "list.json", "deep.json", "binary.json", "empty", "absent.json"):
         with pytest.raises(BadConfigError):
-            load_config(tmp_path / given)
+            load_config(tmp_path / name)
     with pytest.raises(BadConfigError, match=r"Did you mean 'qwen2.5-7b'\?"):
         load_config("qwen-2.5-7b")
     for odd in (None, 3, ["llama"]):
@@ -525,8 +527,8 @@ def test_estimates_print_themselves(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BASE))
-    for given in (folder, folder / "config.json", BASE | {"_name_or_path": str(folder)}):
-        assert predict_memory(given, "bf16").model == "my-model"    # a name, never a path of this machine
+    for source in (folder, folder / "config.json", BASE | {"_name_or_path": str(folder)}):
+        assert predict_memory(source, "bf16").model == "my-model"    # a name, never a path of this machine
 
 
 def test_errors_survive_pickling() -> None:
