@@ -154,14 +154,49 @@ def _demo(arguments: argparse.Namespace) -> int:
     show('\nAsk your own: llmops-ref ask "..."   Your own documents: llmops-ref ingest PATH')
     return 0
 
+# %% ../nbs/cli.ipynb #f4627703
+def _quantize_predict(arguments: argparse.Namespace) -> int:
+    from llmops_ref.model_memory import predict_memory, recommend
+    from llmops_ref.number_formats import SCHEMES
+
+    request = {"context": arguments.context, "kv_dtype": arguments.kv_dtype}
+    schemes = [arguments.scheme] if arguments.scheme else SCHEMES
+    estimates = [predict_memory(arguments.config, scheme, batch=arguments.batch, **request) for scheme in schemes]
+    advice = None if arguments.gpu is None else recommend(arguments.config, arguments.gpu, concurrency=arguments.batch, **request)
+    if arguments.json:
+        result = {"estimates": [estimate.to_dict() for estimate in estimates], "recommendation": advice and advice.to_dict()}
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+        return 0
+    parts = ("weights", "kv_cache", "activations", "overhead", "total")
+    print(f"{'GiB':12s}" + "".join(f"{part:>12s}" for part in parts) + ("  fits" if advice else ""))
+    for estimate in estimates:
+        fits = ("  yes" if estimate.fits(arguments.gpu) else "  no") if advice else ""
+        print(f"{estimate.scheme:12s}" + "".join(f"{getattr(estimate, part) / 2**30:12.2f}" for part in parts) + fits)
+    if advice:
+        print(f"\n{advice}")
+    return 0
+
+
+def _bench_quantization(arguments: argparse.Namespace) -> int:
+    from llmops_ref.quantization_bench import bench_quantization, results_table
+
+    names = ("models", "schemes", "batches", "contexts", "modes", "new_tokens")
+    grid = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    results = bench_quantization(
+        arguments.out, device=arguments.device, repeats=arguments.repeats, minutes=arguments.minutes,
+        force=arguments.force, progress=not arguments.json, **grid,
+    )
+    print(_as_json(results) if arguments.json else results_table(results))
+    return 0
+
 # %% ../nbs/cli.ipynb #b43fc256
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmops-ref", description="Ask your documents, offline, with citations.")
     parser.add_argument("--version", action="version", version=f"llmops-ref {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(name: str, function: Any, text: str, group: Any = commands) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         sub.set_defaults(run=function)
         return sub
@@ -179,7 +214,36 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (ingest, ask):
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
     command("demo", _demo, "index the sample handbook and ask three questions")
+    _add_quantization(commands, command)
     return parser
+
+
+def _add_quantization(commands: Any, command: Any) -> None:
+    "The commands `quantize predict` and `bench quantization`."
+    text = "predict what a quantized model needs"
+    group = commands.add_parser("quantize", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    predict = command("predict", _quantize_predict, "memory of a model by scheme, from its config alone", group)
+    predict.add_argument("config", metavar="CONFIG", help="a config.json, a folder with one, or a shipped name such as llama-3.1-8b")
+    predict.add_argument("--gpu", type=float, metavar="GIB", help="memory of one GPU; adds what fits and a recommendation")
+    predict.add_argument("--context", type=int, metavar="N", help="tokens of a request; default: the model's window, at most 8192")
+    predict.add_argument("--batch", "--concurrency", type=int, default=1, metavar="N", help="requests at once")
+    predict.add_argument("--kv-dtype", default="bf16", metavar="DTYPE", help="of the cache: fp32, bf16, fp16, fp8 or int8")
+    predict.add_argument("--scheme", metavar="SCHEME", help="one of none, bf16, int8, fp4, nf4, nf4-double; default: all")
+    text = "measure on this machine"
+    group = commands.add_parser("bench", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    bench = command("quantization", _bench_quantization, "speed and memory by scheme, beside the roofline, on random weights", group)
+    bench.add_argument("--out", required=True, metavar="FILE", help="results; rows that are there are not measured again")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; default: cpu")
+    for name, kind, what in (
+        ("model", str, "a shipped name or a config.json"), ("scheme", str, "bf16, int8, fp4, nf4, nf4-double"),
+        ("batch", int, "sequences decoded together"), ("context", int, "prompt tokens"), ("mode", str, "how the decode loop is run"),
+    ):
+        plural = f"{name}es" if name == "batch" else f"{name}s"
+        bench.add_argument(f"--{name}", dest=plural, type=kind, nargs="+", metavar=name.upper(), help=f"{what}; one or more")
+    bench.add_argument("--new-tokens", type=int, metavar="N", help="decode steps timed in a repeat")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a row; default: 3")
+    bench.add_argument("--minutes", type=float, metavar="M", help="start no further row after this time")
+    bench.add_argument("--force", action="store_true", help="measure again what is there")
 
 
 def _report_error(error: Exception, as_json: bool) -> int:
