@@ -27,14 +27,14 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from .core import BadInputError, ContextTooLongError, LlmopsRefError, atomic_path, require
-from .model_memory import load_config, predict_memory
+from .core import BadInputError, LlmopsRefError, atomic_path, require
+from .model_memory import load_config, predict_memory, stored_bytes
 from .number_formats import check_scheme
-from .quantization import QuantizedExperts, quantized_linear, weight_bytes
+from .quantized_loading import quantize_experts, quantized_linear
 
 # %% auto #0
 __all__ = ['MODES', 'BENCH_SCHEMES', 'NoDeviceError', 'ResultsFileError', 'random_model', 'check_device', 'copy_bandwidth',
-           'kv_bytes', 'step_bytes', 'grouped_attention', 'BenchRow', 'BenchResults', 'results_table', 'load_results',
+           'step_bytes', 'grouped_attention', 'BenchRow', 'BenchResults', 'results_table', 'load_results',
            'bench_quantization']
 
 # %% ../nbs/quantization_bench.ipynb #b1fa3a77
@@ -82,40 +82,35 @@ def random_model(
 
 def _fill(model: Any, scheme: str, device: str) -> None:
     "Give every module of a meta-device model its tensors: the model's own initialization, quantized at once."
-    quantizes = scheme not in ("none", "bf16")
+    torch = require("torch", extra="huggingface")
     kept = require("transformers.quantizers.base", extra="huggingface").get_keys_to_not_convert(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    linear = require("torch", extra="huggingface").nn.Linear
-    names = [name for name, module in model.named_modules() if _owns_tensors(module)]
+    quantizes = scheme not in ("none", "bf16")
+    if quantizes:
+        quantize_experts(model, functools.partial(_random_linear, model, scheme, device))
+    names = [name for name, module in model.named_modules() if _is_empty(module)]
     for name in names:    # names only: a list of modules would keep every unquantized layer alive
         module = model.get_submodule(name)
         if module is head and tied:
             continue
-        if quantizes and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-            model.set_submodule(name, _random_experts(module, model, scheme, device))
-            continue
         module.to_empty(device=device, recurse=False)
         model._init_weights(module)
-        if quantizes and type(module) is linear and name not in kept:
-            model.set_submodule(name, quantized_linear(module.weight, scheme, module.weight.dtype, bias=module.bias))
+        if quantizes and type(module) is torch.nn.Linear and name not in kept:
+            layer = quantized_linear(module.weight, scheme, compute_dtype=module.weight.dtype, bias=module.bias)
+            model.set_submodule(name, layer)
 
 
-def _owns_tensors(module: Any) -> bool:
-    "Whether tensors belong to this module itself and not to one inside it."
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+def _is_empty(module: Any) -> bool:
+    "Whether the module itself, not one inside it, has tensors that are on the meta device still."
+    return any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
-def _random_experts(experts: Any, model: Any, scheme: str, device: str) -> Any:
-    "Mixture-of-experts layers one matrix at a time: even one layer's experts together can be gigabytes."
-    torch = require("torch", extra="huggingface")
+def _random_linear(model: Any, scheme: str, device: str, weight: Any) -> Any:
+    "One matrix of one expert: `weight` is on the meta device and tells the shape."
     spread = getattr(model.config, "initializer_range", None) or 0.02
-
-    def make_linear(weight: Any) -> Any:    # on the meta device: it tells the shape
-        real = torch.empty(weight.shape, dtype=model.dtype, device=device).normal_(std=spread)
-        return quantized_linear(real, scheme, model.dtype)
-
-    return QuantizedExperts(experts, make_linear)
+    real = require("torch", extra="huggingface").empty(weight.shape, dtype=model.dtype, device=device).normal_(std=spread)
+    return quantized_linear(real, scheme, compute_dtype=model.dtype)
 
 # %% ../nbs/quantization_bench.ipynb #42467725
 def check_device(
@@ -136,11 +131,11 @@ def check_device(
 
 
 def _transformers_config(config: Any) -> Any:
-    "A transformers config from one, from a mapping, from a path, or from a name that is shipped here."
+    "A transformers config from one, or from whatever `load_config` reads. Raises `BadInputError`."
     transformers = require("transformers", extra="huggingface")
     if isinstance(config, transformers.PreTrainedConfig):
         return config
-    facts = dict(config) if isinstance(config, Mapping) else _read_config(config)
+    facts = load_config(config)
     kind = facts.pop("model_type", None)
     try:
         settings = transformers.AutoConfig.for_model(kind, **facts)
@@ -152,21 +147,6 @@ def _transformers_config(config: Any) -> Any:
     if type(settings) not in transformers.AutoModelForCausalLM._model_mapping:
         raise BadInputError(f"{kind!r} is no causal language model.", "Give the config.json of one that writes text.")
     return settings
-
-
-def _read_config(model: str | os.PathLike[str]) -> dict[str, Any]:
-    "The facts of a shipped name, of a `config.json`, or of a folder that holds one."
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        return dict(load_config(str(model)))
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInputError(f"{path.name} is not JSON: {error}", "Give a model's config.json.") from error
-    if not isinstance(facts, dict):
-        raise BadInputError(f"{path.name} holds no JSON object.", "Give a model's config.json.")
-    return facts
 
 
 @contextlib.contextmanager
@@ -239,46 +219,25 @@ class _Clock:
         return [1000 * (after - before) for before, after in pairs]
 
 # %% ../nbs/quantization_bench.ipynb #2fbe68cc
-def kv_bytes(
-    config: Any,         # a transformers config
-    batch: int,          # sequences
-    length: float,       # tokens held for each of them
-    *,
-    item: int = 2,       # bytes of one number; 2 for bfloat16
-) -> float:
-    "Bytes of the keys and values of `length` tokens in `batch` sequences, grouped-query attention counted."
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2.0 * config.num_hidden_layers * config.num_key_value_heads * head * item * batch * length
-
-
 def step_bytes(
-    model: Any,          # as `random_model` makes it, or any causal language model with full attention
+    model: Any,          # as `random_model` makes it
     batch: int,          # sequences decoded together
-    length: float,       # tokens that each of them has in the cache, as a mean over the steps
-) -> float:
+    length: int,         # tokens that each of them has in the cache, as a mean over the steps
+) -> int:
     """The fewest bytes that decoding one token for each of `batch` sequences must read.
 
-    All weights once, but of an untied embedding table one row a sequence, and of a mixture of experts the share that
-    `batch` tokens are expected to touch, where each picks k of E at random: 1 - (1 - k/E)^batch.
+    The cache and all weights once, but of an untied embedding table one row a sequence, and of a mixture of experts
+    the share that `batch` tokens are expected to touch where each picks k of E at random: 1 - (1 - k/E)^batch.
     """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    total = float(weight_bytes(model))
+    kept = {2: "bf16", 4: "fp32"}[table.element_size()]
+    total = float(stored_bytes(model) + predict_memory(model.config, "bf16", context=length, batch=batch, kv_dtype=kept).kv_cache)
     if head is None or head.weight is not table:
         total -= (table.shape[0] - batch) * table.shape[1] * table.element_size()
-    experts = sum(weight_bytes(module) for module in _expert_modules(model))
-    if experts:
-        count = getattr(model.config, "num_local_experts", None) or model.config.num_experts
-        total -= experts * (1 - model.config.num_experts_per_tok / count) ** batch
-    return total + kv_bytes(model.config, batch, length, item=table.element_size())
-
-
-def _expert_modules(model: Any) -> list[Any]:
-    "The modules that hold a layer's experts, quantized or fused."
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, QuantizedExperts) or getattr(getattr(module, "gate_up_proj", None), "ndim", 0) == 3
-    ]
+    for module in model.modules():
+        if hasattr(module, "num_experts") and (hasattr(module, "gate_up") or hasattr(module, "gate_up_proj")):
+            total -= stored_bytes(module) * (1 - model.config.num_experts_per_tok / module.num_experts) ** batch
+    return round(total)
 
 # %% ../nbs/quantization_bench.ipynb #4fab33d3
 def grouped_attention(
@@ -433,11 +392,11 @@ class BenchRow:
     warm_up_seconds: float | None = None   # the first run: it compiles, records and allocates
     build_seconds: float | None = None     # making the model
     bandwidth: float | None = None         # bytes a second, measured in this run of the bench
-    step_bytes: float | None = None        # must be read for one step
+    step_bytes: int | None = None          # must be read for one step
     weight_bytes: int | None = None
-    kv_bytes: float | None = None          # at the end of the context
+    kv_bytes: int | None = None            # at the end of the last step
     peak_bytes: int | None = None          # of the device; on a CPU what the process grew by
-    predicted_bytes: int | None = None     # by `predict_memory`, before anything was built
+    predicted_bytes: int | None = None     # of the peak, by `predict_memory`, before anything was built
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -570,7 +529,8 @@ def _write_results(path: Path, results: BenchResults) -> None:
 def _versions(device: str) -> dict[str, str]:
     "Everything that may change a speed without any change of code."
     torch = require("torch", extra="huggingface")
-    require("bitsandbytes", extra="gpu")
+    with _quiet():
+        require("bitsandbytes", extra="gpu")
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
     versions["python"] = platform.python_version()
     if device == "cpu":
@@ -720,7 +680,7 @@ def _measure(model: Any, row: BenchRow, device: str, repeats: int) -> BenchRow:
         step_ms_low=min(steps),
         step_ms_high=max(steps),
         warm_up_seconds=warm_up,
-        step_bytes=step_bytes(model, row.batch, row.context + (row.new_tokens + 1) / 2),
+        step_bytes=step_bytes(model, row.batch, row.context + (row.new_tokens + 1) // 2),
         peak_bytes=peak(),
     )
 
@@ -776,7 +736,8 @@ def bench_quantization(
     """Measure random-weight models of the given shapes, and keep every finished row in `out` at once.
 
     Running it again goes on where it stopped; rows that ended in an error are tried again. Raises `BadInputError`,
-    `UnknownSchemeError`, `ContextTooLongError`, `NoDeviceError`, and `ResultsFileError` before anything is measured.
+    `UnknownSchemeError`, `ContextTooLongError`, `UnsupportedArchitectureError`, `NoDeviceError` and
+    `ResultsFileError` before anything is measured.
     """
     path = Path(out)
     kind = check_device(device).partition(":")[0]
@@ -843,8 +804,8 @@ class _Session:
             row,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             bandwidth=self.bandwidth,
-            kv_bytes=kv_bytes(config, row.batch, row.context),
-            predicted_bytes=int(estimate.total),
+            kv_bytes=estimate.kv_cache,
+            predicted_bytes=estimate.allocated,
         )
         need, have = estimate.weights + estimate.kv_cache, _device_memory(self.device)
         if reason := _impossible(config, row, self.device):
@@ -868,7 +829,7 @@ class _Session:
             _release(self.device)
             start = time.perf_counter()
             model = random_model(config, row.scheme, device=self.device)
-            facts = {"build_seconds": time.perf_counter() - start, "weight_bytes": weight_bytes(model)}
+            facts = {"build_seconds": time.perf_counter() - start, "weight_bytes": stored_bytes(model)}
             self._held[row.model, row.scheme] = model, facts
             _release(self.device)
         model, facts = self._held[row.model, row.scheme]
@@ -894,13 +855,8 @@ def _check_grid(grid: Mapping[str, Any], repeats: int) -> dict[str, Any]:
     configs = {_label(model): _transformers_config(model) for model in grid["models"]}
     if len(configs) < len(grid["models"]):
         raise BadInputError("Two of the models would have the same name in the results.", "Rename one of the files.")
-    for label, config in configs.items():
-        window, need = config.max_position_embeddings, max(grid["contexts"]) + grid["new_tokens"]
-        if need > window:
-            raise ContextTooLongError(
-                f"A context of {max(grid['contexts'])} and {grid['new_tokens']} new tokens are {need}; {label} takes {window}.",
-                "Measure shorter contexts, or fewer new tokens.",
-            )
+    for config in configs.values():    # raises where there is no exact count of bytes, or no room in the window
+        predict_memory(config, "bf16", context=max(grid["contexts"]) + grid["new_tokens"])
     return configs
 
 
