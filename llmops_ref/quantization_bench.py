@@ -164,6 +164,26 @@ def _quiet() -> Iterator[None]:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
 
+
+@contextlib.contextmanager
+def _on(device: str) -> Iterator[None]:
+    "Work on this GPU; or on the CPU with a core left free: where all are taken, threads wait for each other."
+    torch = require("torch", extra="huggingface")
+    if device != "cpu":
+        with torch.cuda.device(device):
+            yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(_cpu_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpu_threads() -> int:
+    return max((os.cpu_count() or 2) - 1, 1)
+
 # %% ../nbs/quantization_bench.ipynb #1a3ae88b
 def copy_bandwidth(
     device: str = "cpu",      # where to copy, within its own memory
@@ -175,14 +195,15 @@ def copy_bandwidth(
     torch = require("torch", extra="huggingface")
     check_device(device)
     size = size or (2**30 if device != "cpu" else 2**28)
-    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)    # the first touch pays for the pages
-    clock = _Clock(device)
-    clock.mark()
-    for _ in range(repeats):
-        target.copy_(source)
+    with _on(device):
+        source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        target.copy_(source)    # the first touch pays for the pages
+        clock = _Clock(device)
         clock.mark()
+        for _ in range(repeats):
+            target.copy_(source)
+            clock.mark()
     seconds: float = statistics.median(clock.milliseconds()) / 1000
     return 2 * size / seconds
 
@@ -305,7 +326,7 @@ def _next_token(model: Any, tokens: Any, cache: Any) -> Any:
 def _decode_by_step(model: Any, ids: Any, new_tokens: int, prepare: Callable[..., Callable[[], None]]) -> Callable[[_Clock], None]:
     "One run with a static cache and a decode step that `prepare` makes fast after the first prompt was read."
     transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
-    length = -(-(ids.shape[1] + new_tokens) // 128) * 128
+    length = -(-(ids.shape[1] + new_tokens + 2) // 128) * 128    # two for the steps before a graph is recorded
     cache = transformers.StaticCache(config=model.config, max_cache_len=length)
     token = torch.zeros_like(ids[:, :1])
     step: list[Callable[[], None]] = []
@@ -644,14 +665,14 @@ def _runners(model: Any, row: BenchRow, ids: Any) -> Iterator[tuple[str, Callabl
 def _warm_up(model: Any, row: BenchRow, ids: Any, device: str) -> tuple[str, Callable[[_Clock], None]]:
     "Run the first way that works, once. Raises what the last one raised."
     ways = list(_runners(model, row, ids))
-    for place, (given_up, run) in enumerate(ways):
+    while True:
+        given_up, run = ways.pop(0)    # popped: a way that failed must not keep its cache
         try:
             run(_Clock(device))
             return given_up, run
         except Exception as error:
-            if _out_of_memory(error) or place == len(ways) - 1:
+            if _out_of_memory(error) or not ways:
                 raise
-    raise AssertionError("unreachable: the last way returns or raises")
 
 
 def _measure(model: Any, row: BenchRow, device: str, repeats: int) -> BenchRow:
@@ -751,7 +772,7 @@ def bench_quantization(
     if not pending:
         return results
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    with _threads(device):
+    with _on(device):
         session = _Session(device, repeats, configs)
         for row in tqdm(pending, disable=not progress, unit="row"):
             if time.monotonic() > deadline:
@@ -762,23 +783,6 @@ def bench_quantization(
     return results
 
 # %% ../nbs/quantization_bench.ipynb #10435600
-@contextlib.contextmanager
-def _threads(device: str) -> Iterator[None]:
-    "On a CPU leave one core to the rest of the machine: with all of them taken, threads wait for each other."
-    torch = require("torch", extra="huggingface")
-    before = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(_cpu_threads())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _cpu_threads() -> int:
-    return max((os.cpu_count() or 2) - 1, 1)
-
-
 class _Session:
     "One run of the bench: the bandwidth of today, and the model of the row before."
 
@@ -813,14 +817,18 @@ class _Session:
         if have is not None and need > have:
             detail = f"not tried, weights and cache alone need {need / 2**30:.1f} GiB of {have / 2**30:.1f}"
             return dataclasses.replace(row, status="out of memory", detail=detail)
+        finished = self._try(row, config)
+        _release(self.device)
+        return finished
+
+    def _try(self, row: BenchRow, config: Any) -> BenchRow:
+        "The row with its figures, or with what went wrong."
         try:
             return self._measure(row, config)
         except Exception as error:
             status = "out of memory" if _out_of_memory(error) else "error"
             lines = str(error).strip().splitlines() or [""]
             return dataclasses.replace(row, status=status, detail=f"{type(error).__name__}: {lines[0][:200]}")
-        finally:
-            _release(self.device)
 
     def _measure(self, row: BenchRow, config: Any) -> BenchRow:
         "Build the model where the last row had another, and fill in the row."
@@ -829,7 +837,7 @@ class _Session:
             _release(self.device)
             start = time.perf_counter()
             model = random_model(config, row.scheme, device=self.device)
-            facts = {"build_seconds": time.perf_counter() - start, "weight_bytes": stored_bytes(model)}
+            facts: dict[str, Any] = {"build_seconds": time.perf_counter() - start, "weight_bytes": stored_bytes(model)}
             self._held[row.model, row.scheme] = model, facts
             _release(self.device)
         model, facts = self._held[row.model, row.scheme]
