@@ -526,7 +526,7 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path: Path, config_file
         with pytest.raises(ResultsFileError, match=r"cpu\.json"):
             small(out, config_file, force=force)
     with pytest.raises(ResultsFileError, match=r"cpu\.json"):
-        load_results(tmp_path)
+        load_results(tmp_path, pattern="*.json")
     assert out.read_text(encoding="utf-8") == text
 
 
@@ -578,7 +578,7 @@ def test_the_table_sets_every_row_beside_bf16_and_eager() -> None:
 
 def test_the_committed_results_can_be_read_and_hold_no_path() -> None:
     folder = Path(__file__).parents[1] / "nbs" / "results"
-    for path, results in zip(sorted(folder.glob("quantization*.json")), load_results(folder), strict=True):
+    for path, results in zip(sorted(folder.glob("quantization-*.json")), load_results(folder), strict=True):
         assert results.rows and results.command.startswith("llmops-ref bench quantization")
         assert not {"/work", "/root", "/home", "/tmp"} & {f"/{part}" for part in path.read_text().split("/")}
         assert all(row.date for row in results.rows)
