@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -209,12 +209,19 @@ def _by_pattern(fields: _Fields, layer: int) -> bool:
 
 def _without_rotation(fields: _Fields, layer: int) -> bool:
     given = fields["no_rope_layers"]
-    rotates = given[layer] if given is not None else (layer + 1) % fields.size("no_rope_layer_interval")
+    if given is None:
+        rotates = (layer + 1) % fields.size("no_rope_layer_interval") != 0
+    elif isinstance(given, list) and layer < len(given):
+        rotates = bool(given[layer])
+    else:
+        raise BadConfigError("no_rope_layers must be a list with an entry for each layer.", "Correct the config.")
     return _switched(fields, layer) and not rotates
 
-# %% ../nbs/model_memory.ipynb #a1bc486f
+
 def _stepped(fields: _Fields, layer: int) -> bool:
     dense = fields["mlp_only_layers"] or []
+    if not isinstance(dense, list):
+        raise BadConfigError(f"mlp_only_layers is {dense!r}; a list of layers is needed.", "Correct the config.")
     return layer not in dense and (layer + 1) % fields.size("decoder_sparse_step") == 0
 
 
@@ -238,7 +245,7 @@ _QWEN_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
 _LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 
-# %% ../nbs/model_memory.ipynb #57c17d4d
+# %% ../nbs/model_memory.ipynb #a1bc486f
 _FAMILIES: dict[str, _Family] = {
     "llama": _Family("LlamaForCausalLM", _defaults(2048), mlp_bias="mlp_bias"),
     "mistral": _Family("MistralForCausalLM", _defaults(131072, num_key_value_heads=8, sliding_window=4096),
@@ -263,10 +270,6 @@ _FAMILIES: dict[str, _Family] = {
     "gemma3_text": _Family("Gemma3ForCausalLM", _defaults(131072, num_key_value_heads=4, sliding_window=4096,
                                                           sliding_window_pattern=6, **_GEMMA),
                            norms=4, head_norm="head", slides=_by_pattern, tables=2),
-}
-
-# %% ../nbs/model_memory.ipynb #7a07b016
-_FAMILIES |= {
     "phi3": _Family("Phi3ForCausalLM", _defaults(4096), qkv_bias=False, output_bias=False, fused=True, slides=_always),
     "olmo2": _Family("Olmo2ForCausalLM", _defaults(2048), head_norm="full", alive=3, float_rotary=True),
     "granite": _Family("GraniteForCausalLM", _defaults(2048), mlp_bias="mlp_bias"),
@@ -310,6 +313,8 @@ def _check_supported(values: Mapping[str, Any]) -> _Family:
     if odd:
         raise UnsupportedArchitectureError(f"This {kind} sets {', '.join(odd)}, which changes sizes in a way not modelled here.", remedy)
     names = values.get("architectures") or [family.architecture]
+    if not isinstance(names, list):
+        raise BadConfigError(f"architectures is {names!r}; a list is needed.", "Correct the config.")
     if family.architecture not in names:
         raise UnsupportedArchitectureError(f"{names[0]!r} is not {family.architecture}, the {kind} that is modelled here.", remedy)
     return family
@@ -466,23 +471,20 @@ def _shape(config: Any) -> _Shape:
     attention = _latent_attention(fields) if family.latent else _grouped_attention(fields)
     sparse = [family.experts is not None and family.experts.sparse(fields, layer) for layer in range(layers)]
     groups = [_Group("embedding", vocabulary, hidden, 1 if fields.flag("tie_word_embeddings") else 2, "kept"), _vector("norms", hidden)]
-    groups += [_times(group, layers) for group in (*attention.groups, _vector("norms", family.norms * hidden))]
+    parts = [(group, layers) for group in (*attention.groups, _vector("norms", family.norms * hidden))]
     routed, dense = (0, 0, 0), 0
     if not all(sparse):
         dense = fields.size("intermediate_size")
-        groups += [_times(group, layers - sum(sparse)) for group in _mlp(fields, dense)]
+        parts += [(group, layers - sum(sparse)) for group in _mlp(fields, dense)]
     if family.experts is not None and any(sparse):
-        groups += [_times(group, sum(sparse)) for group in _mixture(fields, family.experts)]
+        parts += [(group, sum(sparse)) for group in _mixture(fields, family.experts)]
         routed = fields.size(family.experts.count), fields.size("num_experts_per_tok"), fields.size(family.experts.width)
         dense = max(dense, family.experts.shared(fields) if family.experts.shared is not None else 0)
         if routed[1] > routed[0]:
             raise BadConfigError("num_experts_per_tok is more than there are experts.", "Correct the config.")
+    groups += [replace(group, count=group.count * times) for group, times in parts]
     return _Shape(family, hidden, vocabulary, attention, _windows(fields), fields.size("max_position_embeddings"),
                   _dtype(values), dense, routed, tuple(groups))
-
-
-def _times(group: _Group, layers: int) -> _Group:
-    return _Group(group.name, group.rows, group.columns, group.count * layers, group.kind)
 
 # %% ../nbs/model_memory.ipynb #25cd2e09
 def count_parameters(
@@ -874,7 +876,7 @@ class _Plan:
     kv_dtype: str
 
     def estimate(self, scheme: str, **changes: Any) -> MemoryEstimate:
-        asked = {"context": self.context, "batch": self.concurrency, "kv_dtype": self.kv_dtype} | changes
+        asked: dict[str, Any] = {"context": self.context, "batch": self.concurrency, "kv_dtype": self.kv_dtype} | changes
         return predict_memory(self.config, scheme, **asked)
 
     def fits(self, scheme: str, **changes: Any) -> bool:
@@ -882,9 +884,12 @@ class _Plan:
 
 
 def _gpus(estimate: MemoryEstimate, usable: float) -> int | None:
-    "How many equal GPUs hold an estimate whose weights and cache are split evenly; activations and overhead are on each."
-    each = usable - estimate.activations - estimate.overhead
-    return math.ceil((estimate.weights + estimate.kv_cache) / each) if each > 0 else None
+    "How many equal GPUs, a power of two, hold it with weights and cache split evenly; activations and CUDA context are on each."
+    loss = 1 + _ALLOCATOR_LOSS
+    each = usable - _CONTEXT_BYTES - loss * estimate.activations
+    if each <= 0:
+        return None
+    return 1 << (math.ceil(loss * (estimate.weights + estimate.kv_cache) / each) - 1).bit_length()
 
 # %% ../nbs/model_memory.ipynb #2a9fc981
 def _smaller_model(plan: _Plan, parameters: int) -> str | None:

@@ -233,9 +233,14 @@ def _embedded_chat(name: str, options: dict[str, Any]) -> BaseChatModel:
 
 # %% ../nbs/models.ipynb #fb2a3465
 def _huggingface_chat(name: str, options: dict[str, Any]) -> BaseChatModel:
-    from llmops_ref.huggingface import TransformersChat
+    scheme = options.pop("quantization", None)
+    if scheme is None and name != "embedded":
+        from llmops_ref.huggingface import TransformersChat
 
-    return TransformersChat.from_pretrained(name, **options)
+        return TransformersChat.from_pretrained(name, **options)
+    from llmops_ref.quantized_loading import load_quantized_chat
+
+    return load_quantized_chat(name, scheme or "none", **options)
 
 
 def _openai_chat(name: str, options: dict[str, Any]) -> BaseChatModel:
@@ -287,7 +292,7 @@ def _loading(spec: str) -> Iterator[None]:
 
 def load_chat_model(
     spec: str | None = None,    # provider:model; None reads LLMOPS_REF_CHAT_MODEL, else "embedded"
-    **options: Any,             # passed on: temperature, max_tokens, seed, base_url, api_key, device, ...
+    **options: Any,             # passed on: temperature, max_tokens, seed, base_url, api_key, device, quantization, ...
 ) -> BaseChatModel:
     """Return a LangChain chat model for `spec`: `embedded`, `embedded:FILE.gguf`, `huggingface:MODEL`, `openai:MODEL`,
     or any spec of LangChain's `init_chat_model`.

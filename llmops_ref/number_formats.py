@@ -6,11 +6,20 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+from typing import Any
 
-from .core import BadInputError
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .core import BadInputError, LlmopsRefError
 
 # %% auto #0
-__all__ = ['SCHEMES', 'UnknownSchemeError', 'check_scheme']
+__all__ = ['SCHEMES', 'UnknownSchemeError', 'check_scheme', 'nf4_codebook', 'fp4_codebook', 'CorruptTensorError', 'pack',
+           'unpack', 'dynamic_map', 'QuantizedTensor', 'BadWeightsError', 'BadBlockSizeError', 'quantize', 'dequantize',
+           'error_bound']
 
 # %% ../nbs/number_formats.ipynb #87cb558c
 SCHEMES = ("none", "bf16", "int8", "fp4", "nf4", "nf4-double")    # how a model's weights can be stored
@@ -29,3 +38,433 @@ def check_scheme(
     near = difflib.get_close_matches(str(scheme).lower().replace("_", "-"), SCHEMES, n=1, cutoff=0.5)
     meant = f"Did you mean {near[0]!r}? " if near else ""
     raise UnknownSchemeError(f"There is no quantization scheme {scheme!r}.", f"{meant}Use one of: {', '.join(SCHEMES)}.")
+
+# %% ../nbs/number_formats.ipynb #6f0af112
+_ONE_OVER_127 = np.float32(1 / 127)
+
+
+def _blocks(
+    values: NDArray[Any],    # flat
+    block_size: int,
+) -> NDArray[Any]:           # shape (blocks, block_size), the last row filled up with zeros
+    "Cut `values` into rows of `block_size`."
+    count = -(-values.size // block_size)
+    if values.size == count * block_size:
+        return values.reshape(count, block_size)
+    return np.pad(values, (0, count * block_size - values.size)).reshape(count, block_size)
+
+
+def _quantize_int8(
+    values: NDArray[np.float32],                       # flat
+    block_size: int,
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:     # codes, one a value; scales, one a block
+    "Whole numbers from -127 to 127, in units of a 127th of the block's scale."
+    blocks = _blocks(values, block_size)
+    scales = np.abs(blocks).max(axis=1)
+    with np.errstate(divide="ignore", over="ignore"):
+        factors = np.float32(1) / scales * np.float32(127)
+    factors[np.isinf(factors)] = 0    # a block of zeros, or of numbers so small that the factor overflows
+    codes = np.rint(blocks * factors[:, None]).astype(np.int8)
+    return codes.reshape(-1)[: values.size], scales
+
+
+def _dequantize_int8(
+    codes: NDArray[np.int8],        # flat
+    scales: NDArray[np.float32],    # one a block
+    block_size: int,
+) -> NDArray[np.float32]:           # flat
+    "Code times scale over 127, multiplied in the order that overflows least."
+    huge = scales > np.finfo(np.float32).max / 127
+    first, second = np.where(huge, _ONE_OVER_127, 1), np.where(huge, 1, _ONE_OVER_127)
+    values = _blocks(codes, block_size) * (scales * first.astype(np.float32))[:, None] * second.astype(np.float32)[:, None]
+    return values.reshape(-1)[: codes.size]
+
+# %% ../nbs/number_formats.ipynb #a1497031
+def _linspace(
+    start: float,
+    stop: float,
+    count: int,
+) -> NDArray[np.float32]:
+    "Evenly spaced numbers, rounded as PyTorch rounds them: float32 steps counted from the nearer end, added in one rounding."
+    first, last = np.float32(start), np.float32(stop)
+    step = float((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    spaced = np.where(index < count // 2, float(first) + step * index, float(last) - step * (count - 1 - index))
+    return spaced.astype(np.float32)
+
+
+@cache
+def nf4_codebook() -> NDArray[np.float32]:    # shape (16,), ascending from -1 to 1, read-only
+    "The value of each NF4 code: quantiles of the normal distribution, scaled to end at -1 and 1."
+    quantile = NormalDist().inv_cdf
+    above = [quantile(float(p)) for p in _linspace(0.9677083, 0.5, 9)[:-1]]
+    below = [-quantile(float(p)) for p in _linspace(0.9677083, 0.5, 8)[:-1]]
+    levels = np.sort(np.array([*below, 0.0, *above], np.float32))
+    levels /= levels.max()
+    levels.setflags(write=False)
+    return levels
+
+# %% ../nbs/number_formats.ipynb #891fe7c2
+@cache
+def fp4_codebook() -> NDArray[np.float32]:    # shape (16,), in the order of the codes (not ascending), read-only
+    "The value of each FP4 code `seem` (sign, two bits of exponent, one of mantissa), as a fraction of the largest."
+    levels = np.empty(16, np.float32)
+    for code in range(16):
+        negative, exponent, mantissa = code >> 3, code >> 1 & 0b11, code & 1
+        magnitude = (1 + mantissa / 2) * 2 ** (4 - exponent) if exponent else mantissa / 16
+        levels[code] = np.float32(-magnitude if negative and magnitude else magnitude) / np.float32(12)
+    levels.setflags(write=False)
+    return levels
+
+# %% ../nbs/number_formats.ipynb #2579e111
+_AGAIN = "The tensor is damaged or was put together wrongly: quantize the weights again."
+
+
+class CorruptTensorError(LlmopsRefError, ValueError):
+    "The parts of a quantized tensor do not fit together, or hold what quantization never writes."
+
+
+def _expect(
+    name: str,           # what the array is, for the error's text
+    array: Any,
+    dtype: type,         # what it should hold
+    count: int,          # how many of them
+) -> None:
+    "Raise `CorruptTensorError` unless `array` is a flat array of `count` numbers of `dtype`."
+    if isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == (count,):
+        return
+    found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+    raise CorruptTensorError(
+        f"The {name} should be {count} flat {np.dtype(dtype)} numbers, and are {found}.",
+        _AGAIN,
+    )
+
+
+def _nearest(
+    fractions: NDArray[np.float32],    # any shape, from -1 to 1
+    codebook: NDArray[np.float32],     # the value of each code, in any order
+) -> NDArray[np.uint8]:                # codes, same shape
+    "The code whose value is nearest to each number; the smaller value where two are equally near."
+    order = np.argsort(codebook, kind="stable")
+    ascending = codebook[order]
+    midpoints = (ascending[:-1] + ascending[1:]) / np.float32(2)
+    places = np.zeros(fractions.shape, np.uint8)
+    for midpoint in midpoints:    # for few levels far faster than a search
+        places += fractions > midpoint
+    return order.astype(np.uint8)[places]
+
+
+def pack(
+    codes: NDArray[np.uint8],     # flat, each below 16
+    *,
+    fill: int = 0,                # the code in the unused half of the last byte, where the number of codes is odd
+) -> NDArray[np.uint8]:           # half as many bytes, rounded up
+    "Two 4-bit codes a byte, the first in the high half. Raises `BadInputError` where a code needs more than four bits."
+    if codes.ndim != 1 or codes.dtype != np.uint8 or (codes > 15).any():
+        raise BadInputError("4-bit codes are flat uint8 numbers below 16.", "Pass what `unpack` returns, or quantize first.")
+    even = np.append(codes, np.uint8(fill)) if codes.size % 2 else codes
+    return even[0::2] << np.uint8(4) | even[1::2]
+
+
+def unpack(
+    packed: NDArray[np.uint8],    # flat, two codes a byte
+    count: int,                   # codes to return: twice the bytes, or one less
+) -> NDArray[np.uint8]:           # flat, each below 16
+    "The codes that `pack` packed. Raises `CorruptTensorError` where `packed` cannot hold `count` of them."
+    _expect("codes", packed, np.uint8, -(-count // 2))
+    codes = np.empty(2 * packed.size, np.uint8)
+    codes[0::2], codes[1::2] = packed >> np.uint8(4), packed & np.uint8(0b1111)
+    return codes[:count]
+
+# %% ../nbs/number_formats.ipynb #bd9e29ae
+_TINY = np.float32(1e-38)    # bitsandbytes divides by no smaller scale
+
+
+def _fractions(
+    values: NDArray[np.float32],                          # flat
+    block_size: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:     # fractions from -1 to 1, one a value; scales, one a block
+    "Each value as a fraction of the largest absolute value in its block."
+    blocks = _blocks(values, block_size)
+    scales = np.abs(blocks).max(axis=1)
+    fractions = blocks * (np.float32(1) / np.maximum(scales, _TINY))[:, None]
+    if values.size % block_size:
+        scales[-1] = max(scales[-1], _TINY)
+        fractions[-1] = blocks[-1] / scales[-1]
+    return fractions.clip(-1, 1).reshape(-1)[: values.size], scales
+
+# %% ../nbs/number_formats.ipynb #e5fade11
+_GROUP = 256    # scales that share a scale
+
+
+@cache
+def dynamic_map() -> NDArray[np.float32]:    # shape (256,), ascending from about -0.993 to 1, read-only
+    "The 8-bit levels for scales: 2, 4, … 128 levels of either sign in seven decades, a zero and a one."
+    levels = [0.0, 1.0]
+    for decade in range(7):
+        steps = _linspace(0.1, 1, 2**decade + 1)
+        middles = (steps[:-1] + steps[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        levels += [*middles, *-middles]
+    ascending = np.sort(np.array(levels, np.float32))
+    ascending.setflags(write=False)
+    return ascending
+
+# %% ../nbs/number_formats.ipynb #8fc30b37
+def _mean(
+    values: NDArray[np.float32],    # flat, not empty
+) -> np.float32:
+    "The mean in float32, added in PyTorch's order, and so equal to its last bit where PyTorch uses one thread."
+    lanes = 8 if values.size >= 8 else 1
+    rows, left = divmod(values.size // lanes, 4)
+    table = values[: 4 * rows * lanes].reshape(rows, 4, lanes)
+    power = max(4, (rows - 1).bit_length() // 4 if rows > 2 else 0)
+    sums = np.zeros((4, 4, lanes), np.float32)    # four levels, each with four rows of lanes
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row in range(rows):
+            sums[0] += table[row]
+            for level in range(1, 4):
+                if (row + 1) % (1 << level * power):
+                    break
+                sums[level] += sums[level - 1]
+                sums[level - 1] = 0
+        sums[0] = ((sums[0] + sums[1]) + sums[2]) + sums[3]
+        for extra in range(left):
+            sums[0, 0] += values[(4 * rows + extra) * lanes :][:lanes]
+        across = ((sums[0, 0] + sums[0, 1]) + sums[0, 2]) + sums[0, 3]
+        total = np.float32(0)
+        for value in [*values[(4 * rows + left) * lanes :], *across]:
+            total = np.float32(total + value)
+        mean = total / np.float32(values.size)
+    return np.float32(mean if np.isfinite(mean) else values.mean(dtype=np.float64))
+
+# %% ../nbs/number_formats.ipynb #91ca853a
+@cache
+def _places() -> NDArray[np.uint8]:    # shape (65536,)
+    "For each of 65,536 places from -1 to 1, the code of the nearest level of the dynamic map."
+    places = np.float32(-1) + np.float32(2) * np.arange(65536, dtype=np.float32) / np.float32(65535)
+    return _nearest(places, dynamic_map())
+
+
+def _quantize_scales(
+    scales: NDArray[np.float32],                                        # one a block
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], np.float32]:         # codes, a scale for each group of 256, the mean
+    "Scales minus their mean, in 8 bits and groups of 256."
+    offset = _mean(scales)
+    groups = _blocks(scales - offset, _GROUP)
+    group_scales = np.abs(groups).max(axis=1)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        fractions = groups * (np.float32(1) / group_scales)[:, None]
+    fractions = np.nan_to_num(fractions, nan=-1).clip(-1, 1)
+    places = ((fractions + np.float32(1)) * 0.5 * np.float64(65535) + 0.5).astype(np.float32).astype(np.uint16)
+    codes = _places()[places]
+    codes[group_scales == 0] = 0
+    return codes.reshape(-1)[: scales.size], group_scales, offset
+
+
+def _dequantize_scales(
+    codes: NDArray[np.uint8],             # one a block
+    group_scales: NDArray[np.float32],    # one a group of 256
+    offset: np.float32,
+) -> NDArray[np.float32]:                 # scales, one a block
+    "Level times group scale plus offset, kept finite."
+    with np.errstate(over="ignore"):
+        scales = dynamic_map()[_blocks(codes, _GROUP)] * group_scales[:, None] + offset
+    finite: NDArray[np.float32] = np.nan_to_num(scales.reshape(-1)[: codes.size])
+    return finite
+
+# %% ../nbs/number_formats.ipynb #fa303b4e
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    "Weights in a quantized format: the arrays as a checkpoint holds them. Made by `quantize`, read by `dequantize`."
+
+    scheme: str                                             # "int8", "fp4", "nf4" or "nf4-double"
+    shape: tuple[int, ...]                                  # of the weights
+    block_size: int                                         # weights that share a scale
+    codes: NDArray[Any]                                     # flat: int8, one a weight; or uint8, two weights a byte
+    scales: NDArray[Any]                                    # one a block: float32; in nf4-double uint8 codes
+    group_scales: NDArray[np.float32] | None = None         # nf4-double: one for 256 scales
+    offset: np.float32 | None = None                        # nf4-double: the mean of the scales
+
+    @property
+    def weights(self) -> int:
+        "The number of weights."
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of codes and scales. The codebooks, the same for every tensor, are not counted."
+        second = 0 if self.group_scales is None else self.group_scales.nbytes + 4
+        return self.codes.nbytes + self.scales.nbytes + second
+
+    @property
+    def bits_per_weight(self) -> float:
+        "Bits stored for each weight, its share of the scales included."
+        return 8 * self.nbytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        "What is stored and what it costs, without the arrays, ready for JSON."
+        return {
+            "scheme": self.scheme,
+            "shape": list(self.shape),
+            "block_size": self.block_size,
+            "nbytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+    def _repr_markdown_(self) -> str:
+        shape, size = " × ".join(map(str, self.shape)), f"{self.nbytes:,} bytes"
+        cells = (self.scheme, shape, str(self.block_size), size, f"{self.bits_per_weight:.3f}")
+        return f"| scheme | shape | block size | stored | bits a weight |\n|---|---|--:|--:|--:|\n| {' | '.join(cells)} |"
+
+# %% ../nbs/number_formats.ipynb #cac78de9
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class BadWeightsError(BadInputError):
+    "The weights cannot be quantized: not floats, none at all, NaN or infinite."
+
+
+class BadBlockSizeError(BadInputError):
+    "The block size is no whole number of at least one."
+
+
+def _finite(
+    weights: ArrayLike,
+) -> NDArray[np.float32]:    # in the shape of `weights`
+    "The weights as float32. Raises `BadWeightsError` where they are not floats, none, or not finite."
+    try:
+        array = np.asarray(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        remedy = "Pass a NumPy array of floats; of a PyTorch tensor, tensor.detach().float().cpu().numpy()."
+        raise BadWeightsError("The weights cannot be read as an array.", remedy) from error
+    if array.dtype.name not in _FLOATS:
+        raise BadWeightsError(f"The weights are {array.dtype.name}.", f"Pass one of: {', '.join(_FLOATS)}.")
+    if array.ndim == 0 or array.size == 0:
+        raise BadWeightsError(f"There are no weights in an array of shape {array.shape}.", "Pass at least one, in a list.")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(array, np.float32)
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        problem = f"{len(bad)} of {values.size} weights are NaN or too large for float32, the first at {tuple(bad[0].tolist())}."
+        raise BadWeightsError(problem, "Repair the checkpoint: they would spoil every weight that shares a scale with them.")
+    return values
+
+
+def _check_block_size(
+    block_size: Any,
+) -> int:
+    "Return `block_size` as an int. Raises `BadBlockSizeError` unless it is a whole number of at least one."
+    if isinstance(block_size, int | np.integer) and not isinstance(block_size, bool) and block_size >= 1:
+        return int(block_size)
+    raise BadBlockSizeError(f"A block cannot hold {block_size!r} weights.", "Use a whole number from 1; bitsandbytes takes 32, 64, 128 … 4096.")
+
+# %% ../nbs/number_formats.ipynb #5c7b0081
+def quantize(
+    weights: ArrayLike,                  # floats of any shape; rounded to float32 first where they are wider
+    scheme: str,                         # "int8", "fp4", "nf4" or "nf4-double"
+    *,
+    block_size: int | None = None,       # weights that share a scale; None is a row for int8, and 64 for the others
+) -> QuantizedTensor:
+    """Quantize `weights` with the bits that bitsandbytes writes on a CPU.
+
+    Raises `UnknownSchemeError`, `BadWeightsError` (no floats, none, NaN, infinite) or `BadBlockSizeError`.
+    """
+    if check_scheme(scheme) in ("none", "bf16"):
+        raise UnknownSchemeError(f"{scheme!r} keeps weights as they are.", f"Use one of: {', '.join(SCHEMES[2:])}.")
+    values = _finite(weights)
+    shape = values.shape
+    size = _check_block_size((shape[-1] if scheme == "int8" else 64) if block_size is None else block_size)
+    if scheme == "int8":
+        return QuantizedTensor(scheme, shape, size, *_quantize_int8(values.reshape(-1), size))
+    codebook = _codebook(scheme)
+    fractions, scales = _fractions(values.reshape(-1), size)
+    codes = pack(_nearest(fractions, codebook), fill=int(np.argmin(np.abs(codebook))))
+    if scheme == "nf4-double":
+        return QuantizedTensor(scheme, shape, size, codes, *_quantize_scales(scales))
+    return QuantizedTensor(scheme, shape, size, codes, scales)
+
+
+def _codebook(
+    scheme: str,
+) -> NDArray[np.float32]:
+    "The value of each code of a 4-bit scheme."
+    return fp4_codebook() if scheme == "fp4" else nf4_codebook()
+
+# %% ../nbs/number_formats.ipynb #f537cedb
+def dequantize(
+    tensor: QuantizedTensor,     # what `quantize` returned, or the same parts read from a checkpoint
+) -> NDArray[np.float32]:        # in the shape of the original weights
+    "The weights that the codes stand for. Raises `CorruptTensorError` where the parts do not fit together."
+    scales = _decoded_scales(tensor)
+    if tensor.scheme == "int8":
+        return _dequantize_int8(tensor.codes, scales, tensor.block_size).reshape(tensor.shape)
+    levels = _codebook(tensor.scheme)[unpack(tensor.codes, tensor.weights)]
+    values = _blocks(levels, tensor.block_size) * scales[:, None]
+    return values.reshape(-1)[: tensor.weights].reshape(tensor.shape)
+
+
+def _decoded_scales(
+    tensor: QuantizedTensor,
+) -> NDArray[np.float32]:    # one a block
+    "The scales as floats. Raises `CorruptTensorError` where the tensor's parts do not fit together."
+    _check_parts(tensor)
+    if tensor.group_scales is None or tensor.offset is None:
+        return tensor.scales
+    return _dequantize_scales(tensor.scales, tensor.group_scales, tensor.offset)
+
+
+def _check_parts(
+    tensor: QuantizedTensor,
+) -> None:
+    "Raise `CorruptTensorError` unless the parts have the types, sizes and values that `quantize` gives them."
+    sides = (*tensor.shape, tensor.block_size)
+    if tensor.scheme not in SCHEMES[2:] or len(sides) < 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise CorruptTensorError(f"{tensor.scheme!r}, {tensor.shape} and {tensor.block_size!r} name no format.", _AGAIN)
+    double, eight = tensor.scheme == "nf4-double", tensor.scheme == "int8"
+    blocks = -(-tensor.weights // tensor.block_size)
+    _expect("codes", tensor.codes, np.int8 if eight else np.uint8, tensor.weights if eight else -(-tensor.weights // 2))
+    _expect("scales", tensor.scales, np.uint8 if double else np.float32, blocks)
+    floats = tensor.scales
+    if double:
+        _expect("group scales", tensor.group_scales, np.float32, -(-blocks // _GROUP))
+        floats = np.append(np.asarray(tensor.group_scales), np.nan if tensor.offset is None else tensor.offset)
+    elif tensor.group_scales is not None or tensor.offset is not None:
+        raise CorruptTensorError(f"{tensor.scheme} has no second level of scales.", _AGAIN)
+    if not np.isfinite(floats).all() or (floats < 0).any() or (eight and (tensor.codes == -128).any()):
+        raise CorruptTensorError("A scale is missing, negative or not finite, or a code is -128.", _AGAIN)
+
+# %% ../nbs/number_formats.ipynb #9e27d3bd
+@cache
+def _half_gap(
+    scheme: str,
+) -> float:    # as a fraction of the scale
+    "Half the widest gap between neighbouring levels."
+    levels = np.arange(-127, 128) / 127 if scheme == "int8" else np.sort(_codebook(scheme)).astype(np.float64)
+    return float(np.diff(levels).max() / 2)
+
+
+def _slip(
+    tensor: QuantizedTensor,
+) -> NDArray[np.float64]:    # one a block
+    "How far a stored scale can be from the true one: zero unless the scales are quantized too."
+    if tensor.group_scales is None or tensor.offset is None:
+        return np.zeros(tensor.scales.size)
+    levels = dynamic_map().astype(np.float64)
+    reach = max(float(np.diff(levels).max() / 2), float(1 + levels[0])) + 2 / 65535
+    groups = tensor.group_scales.astype(np.float64).repeat(_GROUP)[: tensor.scales.size]
+    rounding = (groups + float(tensor.offset)) * 2.0**-22 + 2.0**-148
+    return np.maximum(reach * groups, np.minimum(groups, float(_TINY))) + rounding
+
+
+def error_bound(
+    tensor: QuantizedTensor,    # what `quantize` returned, or the same parts read from a checkpoint
+) -> NDArray[np.float64]:       # one a block, in the unit of the weights
+    """The largest possible `|dequantized - original|` in each block, from the stored parts alone.
+
+    Raises `CorruptTensorError` where the parts do not fit together.
+    """
+    scales = _decoded_scales(tensor).astype(np.float64)
+    slip = _slip(tensor)
+    largest = np.maximum(scales + slip, 0)
+    underflow = np.minimum(largest, 3.8e-37 if tensor.scheme == "int8" else float(_TINY))
+    return np.maximum(_half_gap(tensor.scheme) * largest, underflow) + slip + largest * 2.0**-20 + 2.0**-148

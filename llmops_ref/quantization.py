@@ -5,7 +5,6 @@
 # %% ../nbs/quantization.ipynb #a8451786
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -197,7 +196,8 @@ def _peak_memory(
 
 def _window(model: PreTrainedModel | Engine) -> int | None:
     "Tokens that prompt and answer may have together, where the model says."
-    return model.context if isinstance(model, Engine) else getattr(model.config, "max_position_embeddings", None)
+    window: int | None = model.context if isinstance(model, Engine) else getattr(model.config, "max_position_embeddings", None)
+    return window
 
 
 def _weights(model: PreTrainedModel | Engine) -> int:
@@ -292,7 +292,7 @@ def measure(
     progress: bool = True,
 ) -> Measurement:
     "Measure one model. To compare several, `measure_together` interleaves them. Raises as it does."
-    record = load_record(model)
+    record = None if isinstance(model, Engine) else load_record(model)
     name = record.scheme if record else "model"
     return measure_together(
         {name: model}, tokenizer, prompts=prompts, new_tokens=new_tokens, repeats=repeats, warmup=warmup, progress=progress
@@ -362,27 +362,45 @@ def handbook_questions(
     return [made[index] for index in np.linspace(0, len(made) - 1, min(count, len(made))).astype(int)]
 
 
+def _choice_log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    request: str,                # what the user says
+    choices: Sequence[str],      # possible answers
+) -> np.ndarray:                 # shape (choices,), in nats
+    "The log-probability of each choice as the whole answer; the request is read once and the choices in one batch."
+    torch = require("torch", extra="huggingface")
+    text = request
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": request}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids.to(model.device)
+    ids = [tokenizer(choice, add_special_tokens=False, return_tensors="pt").input_ids[0].to(model.device) for choice in choices]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)    # what stands behind a choice cannot change it
+    window = _window(model)
+    if window and prompt.shape[1] + batch.shape[1] > window:
+        raise ContextTooLongError(f"A question and a choice have {prompt.shape[1] + batch.shape[1]} tokens; the model takes {window}.", "Shorten it.")
+    with torch.inference_mode():
+        read = model(prompt, use_cache=True)
+        read.past_key_values.batch_repeat_interleave(len(choices))
+        after = model(batch, past_key_values=read.past_key_values, use_cache=True).logits
+    logits = torch.cat([read.logits[:, -1:].expand(len(choices), -1, -1), after[:, :-1]], dim=1).float()
+    each = torch.log_softmax(logits, -1).gather(2, batch[:, :, None])[:, :, 0]
+    return np.array([float(row[: len(choice)].sum()) for row, choice in zip(each, ids, strict=True)])
+
+
 def choose(
     model: PreTrainedModel,
     tokenizer: Any,
     question: ChoiceQuestion,
 ) -> int:    # index of the chosen one
-    "The choice that the model finds likeliest as its answer: the highest mean log-probability a token."
-    torch = require("torch", extra="huggingface")
-    text = f"{question.context}\n\nQuestion: {question.question}\nAnswer:"
-    if tokenizer.chat_template:
-        message = {"role": "user", "content": f"{question.context}\n\n{question.question}"}
-        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids.to(model.device)
-    scores = []
-    with torch.inference_mode():
-        read = model(prompt, use_cache=True)
-        for choice in question.choices:
-            ids = tokenizer(choice, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
-            after = model(ids, past_key_values=copy.deepcopy(read.past_key_values), use_cache=True).logits
-            logits = torch.cat([read.logits[:, -1:], after[:, :-1]], dim=1).float()
-            scores.append(float(torch.log_softmax(logits, -1)[0].gather(1, ids[0, :, None]).mean()))
-    return int(np.argmax(scores))
+    """The choice that the question makes likelier the most, given the context.
+
+    Compared with what the context alone says of each choice, because a small model likes some wordings whatever it is
+    asked (domain-conditional mutual information, Holtzman et al., arXiv:2104.08315).
+    """
+    asked = _choice_log_probabilities(model, tokenizer, f"{question.context}\n\n{question.question}", question.choices)
+    unasked = _choice_log_probabilities(model, tokenizer, question.context, question.choices)
+    return int(np.argmax(asked - unasked))
 
 # %% ../nbs/quantization.ipynb #e5c8de65
 class NotFiniteError(LlmopsRefError):
