@@ -32,7 +32,7 @@ def _with_scales(tensor: Any) -> Iterator[Any]:
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         yield from (state.absmax, state.code, state.offset)
-        state = state.state2
+        state = getattr(state, "state2", None)    # gone once a CPU kernel has repacked the layer
 
 
 def stored_bytes(

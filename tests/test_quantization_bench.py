@@ -346,6 +346,28 @@ def test_generate_is_timed_from_the_prompt_and_for_every_step(mode: str, most: i
     assert len(clock.milliseconds()) == 1 + 4 and min(clock.milliseconds()) > 0
 
 
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_a_random_prompt_may_hold_the_padding_token(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(LLAMA, "bf16", compute_dtype=torch.float32)
+    prompt = torch.zeros(1, 8, dtype=torch.long)    # nothing but the padding token
+    written: list[Any] = []
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda *inputs, **options: written.append(original(*inputs, **options)))
+    (_, run), *_ = bench._runners(model, BenchRow("m", "bf16", 1, 8, mode, 6), prompt)
+    run(bench._Clock("cpu"))
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(7):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(written[0], tokens)
+
+
+def test_double_quantized_weights_are_counted_after_the_first_call_too(tmp_path: Path, config_file: Path) -> None:
+    # on processors with bfloat16 units the first call unpacks the scales of nf4-double
+    rows = small(tmp_path / "cpu.json", config_file, schemes=["nf4-double"], modes=["eager", "static"]).rows
+    assert [row.status for row in rows] == ["ok", "ok"], [row.detail for row in rows]
+
+
 # --- the bench
 
 
