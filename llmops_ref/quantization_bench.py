@@ -268,7 +268,8 @@ _PREFILL_TOKENS = 2**16    # most prompt tokens in one forward pass, over all se
 def _decode_with_generate(model: Any, ids: Any, new_tokens: int, static: bool) -> Callable[[_Clock], None]:
     "One run of the library's `generate`: it marks the start, the first token, and every token after it."
     piece = max(_PREFILL_TOKENS // ids.shape[0], 1)
-    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    options: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    options["attention_mask"] = ids.new_ones(ids.shape)    # otherwise the padding token would count as padding
     if ids.shape[1] > piece:
         options["prefill_chunk_size"] = piece
 
@@ -408,7 +409,7 @@ class BenchRow:
     detail: str = ""                       # the reason, or what had to be given up
     date: str = ""                         # UTC
     first_token_ms: float | None = None    # from the prompt to the first token, all sequences together
-    step_ms: float | None = None           # one token for every sequence
+    step_ms: float | None = None           # one token for every sequence; of a repeat, the median over its steps
     step_ms_low: float | None = None
     step_ms_high: float | None = None
     warm_up_seconds: float | None = None   # the first run: it compiles, records and allocates
@@ -696,7 +697,7 @@ def _measure(model: Any, row: BenchRow, device: str, repeats: int) -> BenchRow:
             run(clock)
             times = clock.milliseconds()
             first.append(times[0])
-            steps.append(statistics.fmean(times[1:]))
+            steps.append(statistics.median(times[1:]))    # one interruption by the host does not count
     return dataclasses.replace(
         row,
         detail=given_up,
@@ -794,7 +795,7 @@ class _Session:
 
 # %% ../nbs/quantization_bench.ipynb #7c16d9b0
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"models": ("smollm2-135m",), "batches": (1,), "contexts": (128,), "modes": ("eager", "static"), "new_tokens": 8},
+    "cpu": {"models": ("smollm2-135m",), "batches": (1,), "contexts": (128,), "modes": ("eager", "static"), "new_tokens": 16},
     "cuda": {
         "models": ("llama-3.1-8b", "qwen2.5-7b", "mixtral-8x7b"),
         "batches": (1, 8, 32),
