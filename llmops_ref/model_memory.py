@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -32,7 +32,7 @@ def _with_scales(tensor: Any) -> Iterator[Any]:
     state = getattr(tensor, "quant_state", None)
     while state is not None:
         yield from (state.absmax, state.code, state.offset)
-        state = getattr(state, "state2", None)    # gone once a CPU kernel has repacked the layer
+        state = getattr(state, "state2", None)    # the CPU kernels take it away at the first call
 
 
 def stored_bytes(
@@ -280,7 +280,7 @@ _FAMILIES: dict[str, _Family] = {
     "deepseek_v2": _Family("DeepseekV2ForCausalLM", _defaults(2048, first_k_dense_replace=0, n_shared_experts=2, **_LATENT),
                            mlp_bias="mlp_bias", latent=True, aliases={"n_routed_experts": "num_experts"},
                            experts=_Experts("n_routed_experts", "moe_intermediate_size", _after_dense, _shared_width, float_weights=True)),
-    "deepseek_v3": _Family("DeepseekV3ForCausalLM", _defaults(4096, first_k_dense_replace=3, n_shared_experts=1, **_LATENT),
+    "deepseek_v3": _Family("DeepseekV3ForCausalLM", _defaults(4096, num_key_value_heads=128, first_k_dense_replace=3, n_shared_experts=1, **_LATENT),
                            latent=True, aliases={"n_routed_experts": "num_local_experts"},
                            experts=_Experts("n_routed_experts", "moe_intermediate_size", _after_dense, _shared_width,
                                             correction=True, float_weights=True)),
@@ -449,7 +449,7 @@ def _windows(fields: _Fields) -> tuple[int | None, ...]:
     else:
         odd = {str(kind) for kind in types} - {"full_attention", "sliding_attention"}
         if odd:
-            raise UnsupportedArchitectureError(f"Layers of kind {', '.join(sorted(odd))} are not modelled here.", "Load the model and measure.")
+            raise UnsupportedArchitectureError(f"Layers of kind {', '.join(sorted(odd))} are not modelled here.", "Load it and measure.")
         sliding = [kind == "sliding_attention" for kind in types]
     return tuple(fields.size("sliding_window") if slide else None for slide in sliding)
 
@@ -486,7 +486,7 @@ def _shape(config: Any) -> _Shape:
     return _Shape(family, hidden, vocabulary, attention, _windows(fields), fields.size("max_position_embeddings"),
                   _dtype(values), dense, routed, tuple(groups))
 
-# %% ../nbs/model_memory.ipynb #25cd2e09
+
 def count_parameters(
     config: Any,      # as `load_config` takes it
 ) -> dict[str, int]:  # parameters of each part, and "total", "linear" (a quantized scheme shrinks them) and "kept"
@@ -553,8 +553,6 @@ def _fused_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
 
 def _counter(torch: Any, known: set[int]) -> Any:
     "A dispatch mode whose `peak` is the most bytes that tensors outside `known` held at one moment."
-    import weakref
-
     class Counter(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
@@ -587,7 +585,7 @@ def trace_prefill(
 ) -> int:                 # bytes: cache and activations together; compare with `kv_cache + activations` of an estimate
     "Replay one forward over a prompt on the meta device and return the peak of live tensors beyond the weights."
     torch, transformers = require("torch", extra="huggingface"), require("transformers", extra="huggingface")
-    require("torch.utils._python_dispatch", extra="huggingface")
+    require("torch.utils._python_dispatch", extra="huggingface")    # a submodule that torch does not promise to load
     masks = require("transformers.masking_utils", extra="huggingface")
     shape = _shape(config)
     transformers.AttentionInterface.register(_TRACED, _fused_attention)
@@ -649,9 +647,11 @@ def _moments(
         "a norm in float32": tokens * hidden * (2 * 4 + 5 * item),
         "the logits": batch * shape.vocabulary * ((context if all_logits else 1) * item + 4) + 2 * tokens * hidden * item,
     }
-    if family.eager:    # scores, their float32 softmax and its copies, for each head
-        scores = (5 * shape.attention.heads + 1) * context
-        moments["attention"] = tokens * item * (scores + 6 * shape.attention.query + 4 * hidden)
+    if family.eager:    # scores, their float32 softmax and its copies for each head; the scores and two masks stay
+        heads, scores = shape.attention.heads, tokens * context * item
+        moments["attention"] = (5 * heads + 1) * scores + tokens * item * (6 * shape.attention.query + 4 * hidden)
+        for name in ("the MLP", "a norm in float32"):
+            moments[name] += (heads + 2) * scores
     tables = 2 * shape.attention.rotated * (4 if family.float_rotary else family.tables * item)
     throughout = context * (tables + 8) + (context * context if masked else 0)    # 8: positions; the mask has a byte an entry
     return {name: size + throughout for name, size in moments.items()}

@@ -240,7 +240,7 @@ def _huggingface_chat(name: str, options: dict[str, Any]) -> BaseChatModel:
         return TransformersChat.from_pretrained(name, **options)
     from llmops_ref.quantized_loading import load_quantized_chat
 
-    return load_quantized_chat(name, scheme or "none", **options)
+    return load_quantized_chat(name, "none" if scheme is None else scheme, **options)
 
 
 def _openai_chat(name: str, options: dict[str, Any]) -> BaseChatModel:

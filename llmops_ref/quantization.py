@@ -22,17 +22,45 @@ from tqdm import tqdm
 
 from .core import BadInputError, ContextTooLongError, LlmopsRefError, require
 from .engine import Engine
-from .model_memory import stored_bytes
-from .quantized_loading import load_record
+from llmops_ref.model_memory import (
+    AlreadyQuantizedError,
+    MemoryEstimate,
+    Recommendation,
+    UnsupportedArchitectureError,
+    fits,
+    known_configs,
+    predict_memory,
+    recommend,
+    stored_bytes,
+)
+from .number_formats import SCHEMES, QuantizedTensor, UnknownSchemeError, dequantize, error_bound, quantize
+from llmops_ref.quantized_loading import (
+    NotEnoughMemoryError,
+    QuantizationBackendError,
+    UnsupportedSchemeError,
+    load_quantized,
+    load_quantized_chat,
+    load_record,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_all_ = [
+    "AlreadyQuantizedError", "MemoryEstimate", "NotEnoughMemoryError", "QuantizationBackendError", "QuantizedTensor", "Recommendation",
+    "SCHEMES", "UnknownSchemeError", "UnsupportedArchitectureError", "UnsupportedSchemeError", "dequantize", "error_bound", "fits",
+    "known_configs", "load_quantized", "load_quantized_chat", "predict_memory", "quantize", "recommend", "stored_bytes",
+]
+
 # %% auto #0
 __all__ = ['Spread', 'Measurement', 'measurements_table', 'measure_together', 'measure', 'Estimate', 'mcnemar', 'ChoiceQuestion',
-           'handbook_questions', 'choose', 'NotFiniteError', 'QualityDelta', 'quality_table', 'compare_qualities',
-           'compare_quality']
+           'handbook_questions', 'NotFiniteError', 'choose', 'QualityDelta', 'quality_table', 'compare_qualities',
+           'compare_quality', 'AlreadyQuantizedError', 'MemoryEstimate', 'NotEnoughMemoryError',
+           'QuantizationBackendError', 'QuantizedTensor', 'Recommendation', 'SCHEMES', 'UnknownSchemeError',
+           'UnsupportedArchitectureError', 'UnsupportedSchemeError', 'dequantize', 'error_bound', 'fits',
+           'known_configs', 'load_quantized', 'load_quantized_chat', 'predict_memory', 'quantize', 'recommend',
+           'stored_bytes']
 
 # %% ../nbs/quantization.ipynb #3a38438a
 @dataclass(frozen=True)
@@ -74,7 +102,7 @@ class Measurement:
     "Memory and speed of one model, batch 1; speeds are over all prompts of a round."
 
     name: str                      # of the scheme or engine
-    weights: int                   # bytes, scales included, after the first forward pass
+    weights: int                   # bytes, scales included, as they were loaded
     peak_memory: int | None        # bytes while generating, weights included; None where it cannot be had
     load_seconds: float | None     # None where something else loaded the model
     first_token: Spread            # seconds from the request to the first new token
@@ -184,7 +212,7 @@ def _peak_memory(
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
         work()
-        return stored_bytes(model) + torch.cuda.max_memory_allocated(model.device) - before
+        return stored_bytes(model) + int(torch.cuda.max_memory_allocated(model.device) - before)
     before = _resident("VmRSS")
     if before is None:
         return None
@@ -193,7 +221,7 @@ def _peak_memory(
     peak = _resident("VmHWM")
     return None if peak is None else stored_bytes(model) + max(peak - before, 0)
 
-
+# %% ../nbs/quantization.ipynb #8cac9531
 def _window(model: PreTrainedModel | Engine) -> int | None:
     "Tokens that prompt and answer may have together, where the model says."
     window: int | None = model.context if isinstance(model, Engine) else getattr(model.config, "max_position_embeddings", None)
@@ -201,7 +229,10 @@ def _window(model: PreTrainedModel | Engine) -> int | None:
 
 
 def _weights(model: PreTrainedModel | Engine) -> int:
-    return model.path.stat().st_size if isinstance(model, Engine) else stored_bytes(model)
+    if isinstance(model, Engine):
+        return model.path.stat().st_size
+    record = load_record(model)
+    return record.weights if record is not None else int(stored_bytes(model))
 
 
 def _load_seconds(model: PreTrainedModel | Engine) -> float | None:
@@ -240,7 +271,7 @@ def _encode_prompts(
         encoded.append(ids)
     return encoded
 
-
+# %% ../nbs/quantization.ipynb #f1b9500c
 def measure_together(
     models: Mapping[str, PreTrainedModel | Engine],    # by name; the first is the reference of later ratios
     tokenizer: Any,                                    # of all the models
@@ -328,10 +359,10 @@ def mcnemar(
 ) -> float:
     "Two-sided p-value of the exact McNemar test (McNemar 1947): a fair coin for each pair on which the two differ."
     differ = only_first + only_second
-    tail = sum(math.comb(differ, count) for count in range(min(only_first, only_second) + 1)) / 2**differ
+    tail: float = sum(math.comb(differ, count) for count in range(min(only_first, only_second) + 1)) / 2**differ
     return min(1.0, 2 * tail)
 
-# %% ../nbs/quantization.ipynb #57b60023
+# %% ../nbs/quantization.ipynb #e5c8de65
 @dataclass(frozen=True)
 class ChoiceQuestion:
     "A question with a context that holds the answers to several questions, and those answers to choose from."
@@ -360,6 +391,10 @@ def handbook_questions(
         references = tuple(group[index]["reference"] for index in order)
         made.append(ChoiceQuestion(context, rows[place]["user_input"], references, int(np.flatnonzero(order == 0)[0])))
     return [made[index] for index in np.linspace(0, len(made) - 1, min(count, len(made))).astype(int)]
+
+# %% ../nbs/quantization.ipynb #5f835912
+class NotFiniteError(LlmopsRefError):
+    "A model's output is NaN or infinite: its weights are damaged, or its numbers left the range of its dtype."
 
 
 def _choice_log_probabilities(
@@ -402,11 +437,7 @@ def choose(
     unasked = _choice_log_probabilities(model, tokenizer, question.context, question.choices)
     return int(np.argmax(asked - unasked))
 
-# %% ../nbs/quantization.ipynb #e5c8de65
-class NotFiniteError(LlmopsRefError):
-    "A model's output is NaN or infinite: its weights are damaged, or its numbers left the range of its dtype."
-
-
+# %% ../nbs/quantization.ipynb #d518687e
 @dataclass(frozen=True)
 class _Text:
     "What one text said about a candidate; sums over its scored tokens."
@@ -440,7 +471,7 @@ def _compare_text(reference: torch.Tensor, candidate: torch.Tensor, ids: torch.T
         agreed=int((reference.argmax(-1) == candidate.argmax(-1)).sum()),
     )
 
-
+# %% ../nbs/quantization.ipynb #59add538
 @dataclass(frozen=True)
 class QualityDelta:
     "What a candidate lost against its reference, on the same texts and questions."
@@ -512,7 +543,7 @@ def _delta(texts: Sequence[_Text], ours: Sequence[bool], theirs: Sequence[bool])
         mcnemar_p=mcnemar(only_theirs, only_ours) if ours else None,
     )
 
-
+# %% ../nbs/quantization.ipynb #e2ea8d89
 def compare_qualities(
     reference: PreTrainedModel,                            # what the candidates are held against
     candidates: Mapping[str, PreTrainedModel],             # by name; of the same vocabulary

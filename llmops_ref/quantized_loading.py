@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 import weakref
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core import BadInputError, LlmopsRefError, require
 from .huggingface import ModelLoadError, TransformersChat, embedded_as_transformers
-from .model_memory import AlreadyQuantizedError, UnsupportedArchitectureError, predict_memory
+from .model_memory import AlreadyQuantizedError, UnsupportedArchitectureError, predict_memory, stored_bytes
 from .number_formats import check_scheme
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['QuantizationBackendError', 'quantized_linear', 'UnsupportedSchemeError', 'quantize_experts', 'check_architecture',
-           'NotEnoughMemoryError', 'LoadRecord', 'load_quantized', 'load_record', 'load_quantized_chat']
+           'NotEnoughMemoryError', 'LoadRecord', 'load_record', 'load_quantized', 'load_quantized_chat']
 
 # %% ../nbs/quantized_loading.ipynb #c63c173e
 class QuantizationBackendError(LlmopsRefError):
@@ -64,7 +65,40 @@ def _device(
         )
     return device
 
-# %% ../nbs/quantized_loading.ipynb #1a5478ef
+# %% ../nbs/quantized_loading.ipynb #cae56980
+@cache
+def _flat_4bit_class() -> Any:
+    bnb, torch = _bitsandbytes(), require("torch", extra="huggingface")
+
+    class FlatLinear4bit(bnb.nn.Linear4bit):    # type: ignore[name-defined, misc]
+        "Dequantizes the matrix as one long row, which is how it was quantized, and then multiplies."
+
+        def forward(self, x: Any) -> Any:
+            state = copy.copy(self.weight.quant_state)
+            shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+            weight = bnb.functional.dequantize_4bit(self.weight.data, state).reshape(shape).to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+            return torch.nn.functional.linear(x.to(self.compute_dtype), weight, bias).to(x.dtype)
+
+    return FlatLinear4bit
+
+
+def _avoid_broken_kernels(
+    layer: torch.nn.Module,    # of any kind; changed in place where it has to be
+) -> None:
+    """Keep bitsandbytes 0.50's kernels for the CPU away from shapes that they get wrong.
+
+    With AVX512 they dequantize to other values where a block of 64 weights reaches over the end of a row, and the
+    BF16 kernel asserts where the rows are no multiple of 32.
+    """
+    if not isinstance(layer, _bitsandbytes().nn.Linear4bit) or layer.weight.device.type != "cpu":
+        return
+    if layer.in_features % 64:
+        layer.__class__ = _flat_4bit_class()
+    elif layer.out_features % 32:
+        layer.support_avx512bf16_for_cpu = False
+
+
 def quantized_linear(
     weight: torch.Tensor,                  # shape (out_features, in_features), on the device it will run on
     scheme: str,                           # int8, fp4, nf4 or nf4-double
@@ -88,16 +122,10 @@ def quantized_linear(
     layer.weight = stored.to(weight.device)
     if bias is not None:
         layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    _keep_generic_layout(layer)
+    _avoid_broken_kernels(layer)
     return layer.eval()
 
-
-def _keep_generic_layout(layer: torch.nn.Module) -> None:
-    "Keep bitsandbytes 0.50's AVX512-BF16 kernel away from shapes that it asserts on or mis-shapes."
-    if getattr(layer, "support_avx512bf16_for_cpu", False) and (layer.in_features % 64 or layer.out_features % 32):
-        layer.support_avx512bf16_for_cpu = False
-
-# %% ../nbs/quantized_loading.ipynb #cae56980
+# %% ../nbs/quantized_loading.ipynb #67be9b0a
 class UnsupportedSchemeError(BadInputError):
     "The scheme would leave a good part of this architecture's weights as they are."
 
@@ -149,7 +177,7 @@ def quantize_experts(
         model.set_submodule(name, _experts_class()(module, make_linear))
     return len(fused)
 
-
+# %% ../nbs/quantized_loading.ipynb #790dbe04
 def check_architecture(
     config: Any,      # a transformers config
     scheme: str,      # one of SCHEMES
@@ -176,22 +204,7 @@ def check_architecture(
             "Use bf16, or a checkpoint that was quantized for your server (GPTQ, AWQ, FP8).",
         )
 
-# %% ../nbs/quantized_loading.ipynb #ee217626
-class NotEnoughMemoryError(LlmopsRefError, MemoryError):
-    "The model does not fit into the memory that is free on the device."
-
-
-@dataclass(frozen=True)
-class LoadRecord:
-    "How a model was loaded."
-
-    scheme: str        # one of SCHEMES
-    seconds: float     # from the first byte read to the last layer in place
-
-
-_loaded: weakref.WeakKeyDictionary[Any, LoadRecord] = weakref.WeakKeyDictionary()
-
-
+# %% ../nbs/quantized_loading.ipynb #ba04988e
 def _weights_folder(model: str | Path) -> str:
     "A local folder that holds a config and weights, or a hub id. Raises `ModelLoadError` naming what is missing."
     if str(model) == "embedded":
@@ -212,6 +225,11 @@ def _weights_folder(model: str | Path) -> str:
     return str(folder)
 
 
+def _called(model: str | Path) -> str:
+    "The folder's own name, or the hub id."
+    return Path(model).name if Path(model).exists() else str(model)
+
+
 def _check_finite(folder: Path) -> None:
     "Raise `ModelLoadError` where a stored weight is NaN or infinite, or a file is damaged."
     safetensors, torch = require("safetensors", extra="huggingface"), require("torch", extra="huggingface")
@@ -225,26 +243,11 @@ def _check_finite(folder: Path) -> None:
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file.name} is damaged: {error}.", "Get the file again and compare its SHA-256.") from error
 
+# %% ../nbs/quantized_loading.ipynb #45f26a30
+class NotEnoughMemoryError(LlmopsRefError, MemoryError):
+    "The model does not fit into the memory that is free on the device."
 
-@contextlib.contextmanager
-def _typed_load_errors(model: str | Path, need: str) -> Iterator[None]:
-    "Turn what `transformers` and PyTorch raise while loading into this library's errors."
-    torch = require("torch", extra="huggingface")
-    try:
-        yield
-    except LlmopsRefError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
-    except (OSError, ValueError, KeyError, RuntimeError, require("safetensors", extra="huggingface").SafetensorError) as error:
-        if "alloc" in str(error) and "memory" in str(error):
-            raise NotEnoughMemoryError(f"Memory ran out while {str(model)!r} was loaded{need}.", "Free some, or take a smaller scheme.") from error
-        raise ModelLoadError(
-            f"transformers could not load {str(model)!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            "Check the name, or give a local folder with config.json and *.safetensors.",
-        ) from error
 
-# %% ../nbs/quantized_loading.ipynb #67be9b0a
 def _predicted_bytes(config: Any, scheme: str) -> int | None:
     "Bytes of the weights in `scheme`, or None for an architecture whose memory cannot be predicted."
     try:
@@ -272,7 +275,26 @@ def _check_memory(
             "Take a smaller scheme or model: llmops-ref quantize predict CONFIG --gpu GIB",
         )
 
+# %% ../nbs/quantized_loading.ipynb #39471508
+@contextlib.contextmanager
+def _typed_load_errors(model: str | Path, need: str) -> Iterator[None]:
+    "Turn what `transformers` and PyTorch raise while loading into this library's errors."
+    torch = require("torch", extra="huggingface")
+    try:
+        yield
+    except LlmopsRefError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotEnoughMemoryError(f"Memory ran out while {_called(model)} was loaded{need}.", "Free some, or take a smaller scheme.") from error
+    except (OSError, ValueError, KeyError, RuntimeError, require("safetensors", extra="huggingface").SafetensorError) as error:
+        if "alloc" in str(error) and "memory" in str(error):
+            raise NotEnoughMemoryError(f"Memory ran out while {_called(model)} was loaded{need}.", "Free some, or take a smaller scheme.") from error
+        raise ModelLoadError(
+            f"transformers could not load {_called(model)}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            "Check the name, or give a local folder with config.json and *.safetensors.",
+        ) from error
 
+# %% ../nbs/quantized_loading.ipynb #12f50b2a
 def _loading_arguments(scheme: str, compute_dtype: torch.dtype | None) -> dict[str, Any]:
     "What `from_pretrained` needs for `scheme`: the dtype of what stays unquantized, and the quantization config."
     transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
@@ -294,6 +316,51 @@ def _loading_arguments(scheme: str, compute_dtype: torch.dtype | None) -> dict[s
     return {"dtype": dtype, "quantization_config": config}
 
 
+@dataclass(frozen=True)
+class LoadRecord:
+    "How a model was loaded."
+
+    scheme: str        # one of SCHEMES
+    seconds: float     # from the first byte read to the last layer in place
+    weights: int       # bytes of weights, buffers and scales, before any kernel repacks them
+
+
+_loaded: weakref.WeakKeyDictionary[Any, LoadRecord] = weakref.WeakKeyDictionary()
+
+
+def load_record(
+    model: PreTrainedModel,    # of `load_quantized`
+) -> LoadRecord | None:
+    "How `model` was loaded, or None where something else loaded it."
+    return _loaded.get(model)
+
+# %% ../nbs/quantized_loading.ipynb #77816aca
+def _try_one_token(model: PreTrainedModel, scheme: str) -> None:
+    "Prove that the quantized layers run. Raises `UnsupportedSchemeError` where a kernel cannot take the architecture."
+    torch = require("torch", extra="huggingface")
+    for module in model.modules():
+        _avoid_broken_kernels(module)
+    repacked = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for module in repacked:
+        module.support_avx512bf16_for_cpu = False    # the kernel would repack the weights: that is left to the first real call
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            finite = bool(torch.isfinite(model(token).logits).all())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UnsupportedSchemeError(
+            f"bitsandbytes cannot run {type(model).__name__} in {scheme} on {model.device}: {(str(error).splitlines() or ['refused'])[0]}",
+            "Take another scheme or device.",
+        ) from error
+    finally:
+        for module in repacked:
+            module.support_avx512bf16_for_cpu = True
+    if not finite:
+        raise UnsupportedSchemeError(f"{type(model).__name__} gives NaN in {scheme}.", "Try compute_dtype=torch.float32 or another scheme.")
+
+# %% ../nbs/quantized_loading.ipynb #c57d7564
 def load_quantized(
     model: str | Path,                            # a folder, a hub id, or "embedded"
     scheme: str,                                  # none, bf16, int8, fp4, nf4 or nf4-double
@@ -315,7 +382,7 @@ def load_quantized(
     with _typed_load_errors(model, ""):
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) and scheme != "none":
-            raise AlreadyQuantizedError(f"{model} is quantized already.", "Load it with scheme 'none', or take the original weights.")
+            raise AlreadyQuantizedError(f"{_called(model)} is quantized already.", "Load it with scheme 'none', or take the original weights.")
         check_architecture(config, scheme)
     need = _predicted_bytes(config, scheme)
     _check_memory(need, target, scheme)
@@ -330,45 +397,18 @@ def load_quantized(
         )
         if report["missing_keys"]:
             raise ModelLoadError(
-                f"{model} lacks weights: {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more.",
+                f"{_called(model)} lacks weights: {sorted(report['missing_keys'])[0]} and {len(report['missing_keys']) - 1} more.",
                 "Get the whole checkpoint; transformers would fill them with random numbers.",
             )
         if experts:
             dtype = arguments["dtype"]
             quantize_experts(loaded, lambda weight: quantized_linear(weight.to(target), scheme, compute_dtype=dtype))
-            loaded.to(target)
+            torch.nn.Module.to(loaded, target)    # transformers' own `to` refuses 8-bit models
     loaded.eval()
+    _loaded[loaded] = LoadRecord(scheme, time.perf_counter() - started, stored_bytes(loaded))
     if scheme not in ("none", "bf16"):
         _try_one_token(loaded, scheme)
-    _loaded[loaded] = LoadRecord(scheme, time.perf_counter() - started)
     return loaded
-
-
-def _try_one_token(model: PreTrainedModel, scheme: str) -> None:
-    "Prove that the quantized layers run. Raises `UnsupportedSchemeError` where a kernel cannot take the architecture."
-    torch = require("torch", extra="huggingface")
-    for module in model.modules():
-        _keep_generic_layout(module)
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    try:
-        with torch.inference_mode():
-            finite = bool(torch.isfinite(model(token).logits).all())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UnsupportedSchemeError(
-            f"bitsandbytes cannot run {type(model).__name__} in {scheme} on {model.device}: {(str(error).splitlines() or ['refused'])[0]}",
-            "Take another scheme or device.",
-        ) from error
-    if not finite:
-        raise UnsupportedSchemeError(f"{type(model).__name__} gives NaN in {scheme}.", "Try compute_dtype=torch.float32 or another scheme.")
-
-
-def load_record(
-    model: PreTrainedModel,    # of `load_quantized`
-) -> LoadRecord | None:
-    "How `model` was loaded, or None where something else loaded it."
-    return _loaded.get(model)
 
 # %% ../nbs/quantized_loading.ipynb #43d51215
 def load_quantized_chat(
