@@ -272,6 +272,14 @@ def _encode_prompts(
     return encoded
 
 # %% ../nbs/quantization.ipynb #f1b9500c
+def _touch(model: PreTrainedModel | Engine) -> None:
+    "Let every weight be read once: pages of a mapped file and repacked layers are no part of a peak."
+    if not isinstance(model, Engine):
+        torch = require("torch", extra="huggingface")
+        with torch.inference_mode():
+            model(torch.zeros((1, 1), dtype=torch.long, device=model.device))
+
+
 def measure_together(
     models: Mapping[str, PreTrainedModel | Engine],    # by name; the first is the reference of later ratios
     tokenizer: Any,                                    # of all the models
@@ -302,6 +310,7 @@ def measure_together(
         for number in range(warmup + repeats):
             for name, model in models.items():
                 if number == 0:
+                    _touch(model)
                     peaks[name] = _peak_memory(model, lambda model=model: one_round(model))    # type: ignore[misc]
                 else:
                     rounds[name].append(one_round(model))
@@ -420,7 +429,10 @@ def _choice_log_probabilities(
         after = model(batch, past_key_values=read.past_key_values, use_cache=True).logits
     logits = torch.cat([read.logits[:, -1:].expand(len(choices), -1, -1), after[:, :-1]], dim=1).float()
     each = torch.log_softmax(logits, -1).gather(2, batch[:, :, None])[:, :, 0]
-    return np.array([float(row[: len(choice)].sum()) for row, choice in zip(each, ids, strict=True)])
+    found = np.array([float(row[: len(choice)].sum()) for row, choice in zip(each, ids, strict=True)])
+    if not np.isfinite(found).all():
+        raise NotFiniteError("The model's log-probabilities are NaN or infinite.", "Check its weights, or try compute_dtype=torch.float32.")
+    return found
 
 
 def choose(

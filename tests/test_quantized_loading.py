@@ -260,7 +260,7 @@ def test_a_folder_without_weights_or_config_is_refused(copy_of, tmp_path):
     with pytest.raises(ModelLoadError, match="no weights"):
         load_quantized(copy_of, "nf4", device="cpu")
     (copy_of / "config.json").unlink()
-    with pytest.raises(ModelLoadError, match="no config.json"):
+    with pytest.raises(ModelLoadError, match=r"no config.json"):
         load_quantized(copy_of, "nf4", device="cpu")
     with pytest.raises(ModelLoadError, match="no folder"):
         load_quantized(tmp_path / "absent", "nf4", device="cpu")
@@ -289,7 +289,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, value
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = value
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelLoadError, match="model.layers.1.mlp.up_proj.weight .* NaN or infinite"):
+    with pytest.raises(ModelLoadError, match=r"model.layers.1.mlp.up_proj.weight .* NaN or infinite"):
         load_quantized(tmp_path, scheme, device="cpu")
 
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(folder, tmp_path):
     tensors = safetensors.load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match="lacks weights: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ModelLoadError, match=r"lacks weights: model.layers.1.mlp.up_proj.weight"):
         load_quantized(tmp_path, "nf4", device="cpu")
 
 
