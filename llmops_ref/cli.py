@@ -160,7 +160,7 @@ def _quantize_predict(arguments: argparse.Namespace) -> int:
     from llmops_ref.number_formats import SCHEMES
 
     request = {"context": arguments.context, "kv_dtype": arguments.kv_dtype}
-    schemes = [arguments.scheme] if arguments.scheme else SCHEMES
+    schemes = [arguments.scheme] if arguments.scheme else SCHEMES[1:]    # "none" is one of them, or a question of the checkpoint
     estimates = [predict_memory(arguments.config, scheme, batch=arguments.batch, **request) for scheme in schemes]
     advice = None if arguments.gpu is None else recommend(arguments.config, arguments.gpu, concurrency=arguments.batch, **request)
     if arguments.json:
@@ -228,7 +228,7 @@ def _add_quantization(commands: Any, command: Any) -> None:
     predict.add_argument("--context", type=int, metavar="N", help="tokens of a request; default: the model's window, at most 8192")
     predict.add_argument("--batch", "--concurrency", type=int, default=1, metavar="N", help="requests at once")
     predict.add_argument("--kv-dtype", default="bf16", metavar="DTYPE", help="of the cache: fp32, bf16, fp16, fp8 or int8")
-    predict.add_argument("--scheme", metavar="SCHEME", help="one of none, bf16, int8, fp4, nf4, nf4-double; default: all")
+    predict.add_argument("--scheme", metavar="SCHEME", help="one of none, bf16, int8, fp4, nf4, nf4-double; default: all but none")
     text = "measure on this machine"
     group = commands.add_parser("bench", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
     bench = command("quantization", _bench_quantization, "speed and memory by scheme, beside the roofline, on random weights", group)

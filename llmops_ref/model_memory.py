@@ -983,7 +983,7 @@ def recommend(
             continue
         most = _most(lambda count, scheme=scheme: plan.fits(scheme, batch=count), 65_536)  # type: ignore[misc]
         reasons += [f"{scheme} needs {_gib(estimate.total)} and leaves {_gib(spare)} to spare. {_PRICE[scheme]}",
-                    f"There is room for {most:,} requests of {plan.context:,} tokens at once."]
+                    f"There is room for {most:,} request{'s' * (most != 1)} of {plan.context:,} tokens at once."]
         chosen = scheme
         break
     if chosen is None:

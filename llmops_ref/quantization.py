@@ -498,6 +498,7 @@ class QualityDelta:
     questions: int
     accuracy: float | None            # of the candidate; None without questions
     reference_accuracy: float | None
+    accuracy_difference: Estimate | None    # candidate minus reference; interval over questions
     only_reference_right: int
     only_candidate_right: int
     mcnemar_p: float | None           # that the two are equally often right
@@ -515,14 +516,15 @@ def quality_table(
 ) -> str:    # Markdown
     "One row a candidate, with 95% intervals."
     rows = [
-        "| | perplexity | ratio to reference | divergence, nats a token | same first choice | right answers | McNemar p |",
-        "|---|---|---|---|---|---|---|",
+        "| | perplexity | ratio to reference | divergence, nats a token | same first choice | right answers | difference | McNemar p |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, delta in deltas.items():
         answers = "" if delta.accuracy is None else f"{delta.accuracy:.0%} against {delta.reference_accuracy:.0%} of {delta.questions}"
+        difference = "" if delta.accuracy_difference is None else f"{delta.accuracy_difference:+.0%}"
         p = "" if delta.mcnemar_p is None else f"{delta.mcnemar_p:.2f}"
         rows.append(
-            f"| {name} | {delta.perplexity:.2f} | {delta.perplexity_ratio:.3f} | {delta.divergence:.4f} | {delta.top1_agreement:.1%} | {answers} | {p} |"
+            f"| {name} | {delta.perplexity:.2f} | {delta.perplexity_ratio:.3f} | {delta.divergence:.4f} | {delta.top1_agreement:.1%} | {answers} | {difference} | {p} |"
         )
     return "\n".join(rows)
 
@@ -538,6 +540,7 @@ def _delta(texts: Sequence[_Text], ours: Sequence[bool], theirs: Sequence[bool])
         return _bootstrap(lambda times: (times @ sums) / (times @ tokens), len(texts))
 
     log_ratio = rate(candidate - reference)
+    gained = np.array(ours, float) - np.array(theirs, float)
     only_ours, only_theirs = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((ours, theirs), (theirs, ours)))
     return QualityDelta(
         texts=len(texts),
@@ -550,6 +553,7 @@ def _delta(texts: Sequence[_Text], ours: Sequence[bool], theirs: Sequence[bool])
         questions=len(ours),
         accuracy=statistics.fmean(ours) if ours else None,
         reference_accuracy=statistics.fmean(theirs) if theirs else None,
+        accuracy_difference=_bootstrap(lambda times: times @ gained / times.sum(axis=1), len(ours)) if ours else None,
         only_reference_right=only_theirs,
         only_candidate_right=only_ours,
         mcnemar_p=mcnemar(only_theirs, only_ours) if ours else None,

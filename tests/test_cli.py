@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -474,3 +475,77 @@ def test_the_demo_for_programs_is_one_json_object(tmp_path, scripted, monkeypatc
     monkeypatch.setattr(models, "load_embeddings", lambda *arguments, **options: HashEmbeddings())
     assert main(["demo", "--json"]) == 0
     assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+# --- planning hardware --------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_shows_every_scheme_what_fits_and_a_recommendation(capsys):
+    assert main(["quantize", "predict", "llama-3.1-8b", "--gpu", "24", "--context", "8192"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fits = {line.split()[0]: line.split()[-1] for line in lines[1:6]}
+    assert fits == {"bf16": "yes", "int8": "yes", "fp4": "yes", "nf4": "yes", "nf4-double": "yes"}
+    assert any("run bf16" in line for line in lines)
+
+
+def test_a_prediction_for_programs_adds_up(capsys):
+    assert main(["quantize", "predict", "llama-3.1-8b", "--gpu", "12", "--context", "8192", "--batch", "4", "--scheme", "nf4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    [estimate] = result["estimates"]
+    assert estimate["scheme"] == "nf4" and estimate["context"] == 8192 and estimate["batch"] == 4
+    assert estimate["total"] == sum(estimate[part] for part in ("weights", "kv_cache", "activations", "overhead"))
+    assert estimate["kv_cache"] == 2 * 32 * 8 * 128 * 8192 * 4 * 2    # keys and values, layers, heads, width, tokens, requests, bytes
+    assert result["recommendation"]["reasons"]
+
+
+def test_a_prediction_reads_a_config_of_ones_own_and_needs_no_gpu(tmp_path, capsys):
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert main(["quantize", "predict", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["recommendation"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["no-such-model"], "neither a shipped config nor"),
+        (["llama-3.1-8b", "--scheme", "nf5"], "Did you mean 'nf4'"),
+        (["llama-3.1-8b", "--context", "999999"], "131,?072"),
+        (["llama-3.1-8b", "--gpu", "0"], "GiB"),
+        (["llama-3.1-8b", "--gpu", "nan"], "GiB"),
+        (["llama-3.1-8b", "--kv-dtype", "fp2"], "fp2"),
+        (["llama-3.1-8b", "--batch", "0"], "batch|concurrency"),
+    ],
+)
+def test_a_prediction_that_cannot_be_made_exits_with_two(capsys, arguments, says):
+    assert main(["quantize", "predict", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.search(says, captured.err)
+
+
+def test_a_prediction_needs_no_torch():
+    done = python("import sys; from llmops_ref.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)", "quantize", "predict", "qwen3-8b")
+    assert done.communicate()[0].strip().endswith("False")
+
+
+def test_a_bench_writes_its_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    (tmp_path / "tiny.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    command = ["bench", "quantization", "--out", str(tmp_path / "out.json"), "--model", str(tmp_path / "tiny.json"), "--scheme", "bf16", "nf4"]
+    command += ["--batch", "1", "--context", "8", "--mode", "eager", "--new-tokens", "2", "--repeats", "1", "--json"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["scheme"] for row in rows} == {"bf16", "nf4"} and all(row["status"] == "ok" for row in rows)
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == rows    # nothing was measured again
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--device", "cuda:99", "CUDA"), ("--scheme", "nf5", "nf4"), ("--model", "no-such-model", "neither"), ("--mode", "fast", "fast")],
+)
+def test_a_bench_that_cannot_run_exits_with_two_and_writes_nothing(tmp_path, capsys, option, value, says):
+    assert main(["bench", "quantization", "--out", str(tmp_path / "out.json"), option, value]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out.json").exists()

@@ -67,6 +67,7 @@ def tiny(tokenizer, seed=0, **fields):
 # --- speed --------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=7))
 def test_what_slows_both_models_of_a_round_does_not_touch_the_ratio(rounds):
     plain = Spread(tuple(a for a, _, _ in rounds)).over(Spread(tuple(b for _, b, _ in rounds)))
@@ -151,6 +152,7 @@ def test_too_few_rounds_or_tokens_are_refused(tokenizer, options):
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_exact_binomial_test(first, second):
     scipy_stats = pytest.importorskip("scipy.stats")
@@ -230,6 +232,7 @@ def test_lost_and_won_questions_are_counted_on_the_right_side(embedded, monkeypa
     delta = compare_quality(embedded["none"], embedded["nf4"], TEXTS[:1], questions=questions, progress=False)
     assert (delta.reference_accuracy, delta.accuracy) == (0.75, 0.5)
     assert (delta.only_reference_right, delta.only_candidate_right) == (2, 1) and delta.mcnemar_p == 1.0
+    assert delta.accuracy_difference.value == -0.25 and delta.accuracy_difference.low < -0.25 < delta.accuracy_difference.high
 
 
 @pytest.mark.parametrize(
