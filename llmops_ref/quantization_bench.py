@@ -582,9 +582,9 @@ def _device_name(device: str) -> str:
 def _open_results(out: Path, device: str, command: str) -> BenchResults:
     "What the file already holds, if new rows may join it."
     here = BenchResults(_device_name(device), "cpu" if device == "cpu" else "cuda", _versions(device), (), command)
-    if not out.parent.is_dir():
-        raise ResultsFileError(f"The folder {out.parent.name!r} of {out.name} does not exist.", "Make it first.")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
+    with contextlib.suppress(OSError):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ResultsFileError(f"{out.name} cannot be written there.", "Give --out as a file in a folder you may write.")
     if not out.exists():
         return here

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core import BadInputError, LlmopsRefError, require
 from .huggingface import ModelLoadError, TransformersChat, embedded_as_transformers
-from .model_memory import AlreadyQuantizedError, UnsupportedArchitectureError, predict_memory, stored_bytes
+from .model_memory import AlreadyQuantizedError, predict_memory, stored_bytes
 from .number_formats import check_scheme
 
 if TYPE_CHECKING:
@@ -248,11 +248,15 @@ class NotEnoughMemoryError(LlmopsRefError, MemoryError):
     "The model does not fit into the memory that is free on the device."
 
 
-def _predicted_bytes(config: Any, scheme: str) -> int | None:
-    "Bytes of the weights in `scheme`, or None for an architecture whose memory cannot be predicted."
+def _predicted_bytes(
+    config: Any,
+    scheme: str,
+    compute_dtype: torch.dtype | None,
+) -> int | None:
+    "Bytes of the weights in `scheme`, or None where they cannot be predicted from the config."
     try:
-        return predict_memory(config, scheme, context=1).weights
-    except (UnsupportedArchitectureError, AlreadyQuantizedError):
+        return predict_memory(config, scheme, context=1, compute_dtype=compute_dtype).weights
+    except BadInputError:
         return None
 
 
@@ -372,7 +376,7 @@ def load_quantized(
 
     Everything that can be checked before the weights are read is checked first. Raises `UnknownSchemeError`,
     `QuantizationBackendError`, `AlreadyQuantizedError`, `UnsupportedSchemeError`, `NotEnoughMemoryError` with the
-    predicted need, `ModelLoadError` for missing, damaged or NaN weights, and `MissingExtraError`.
+    predicted need, `ModelLoadError` for missing, damaged or (in a local folder) NaN weights, and `MissingExtraError`.
     """
     check_scheme(scheme)
     transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
@@ -384,7 +388,7 @@ def load_quantized(
         if getattr(config, "quantization_config", None) and scheme != "none":
             raise AlreadyQuantizedError(f"{_called(model)} is quantized already.", "Load it with scheme 'none', or take the original weights.")
         check_architecture(config, scheme)
-    need = _predicted_bytes(config, scheme)
+    need = _predicted_bytes(config, scheme, compute_dtype)
     _check_memory(need, target, scheme)
     if Path(source).is_dir():
         _check_finite(Path(source))

@@ -562,8 +562,9 @@ def test_rows_of_another_machine_or_version_are_never_mixed(tmp_path: Path, conf
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path, config_file: Path) -> None:
-    with pytest.raises(ResultsFileError, match="does not exist"):
-        small(tmp_path / "missing" / "cpu.json", config_file)
+    (tmp_path / "file").touch()
+    with pytest.raises(ResultsFileError, match="cannot be written"):
+        small(tmp_path / "file" / "cpu.json", config_file)
     with pytest.raises(ResultsFileError, match="cannot be written"):
         small(tmp_path, config_file)
 
@@ -644,3 +645,8 @@ def test_a_recorded_step_writes_what_generate_writes(scheme: str, mode: str) -> 
         run(bench._Clock("cuda"))
         run(Reading("cuda"))
     assert torch.equal(torch.cat(made[1:], dim=1), expected)
+
+
+def test_the_folder_of_the_results_is_made(tmp_path: Path, config_file: Path) -> None:
+    small(tmp_path / "new" / "deeper" / "cpu.json", config_file)
+    assert load_results(tmp_path / "new" / "deeper", pattern="cpu.json")[0].rows

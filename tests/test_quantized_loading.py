@@ -220,6 +220,22 @@ def test_a_model_that_does_not_fit_is_refused_with_what_it_needs(folder, monkeyp
     load_quantized(folder, "nf4", device="cpu")
 
 
+def test_a_wider_compute_dtype_is_part_of_what_is_needed(folder, monkeypatch):
+    psutil = pytest.importorskip("psutil")
+    need = predict_memory(folder, "nf4", context=1, compute_dtype="float32").weights
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=need - 1))
+    load_quantized(folder, "nf4", device="cpu")
+    with pytest.raises(NotEnoughMemoryError):
+        load_quantized(folder, "nf4", compute_dtype=torch.float32, device="cpu")
+
+
+def test_a_config_whose_memory_cannot_be_predicted_loads_all_the_same(copy_of):
+    config = json.loads((copy_of / "config.json").read_text())
+    del config["dtype"]
+    (copy_of / "config.json").write_text(json.dumps(config))
+    assert load_record(load_quantized(copy_of, "none", device="cpu")).scheme == "none"
+
+
 def test_running_out_of_memory_while_loading_is_the_same_error(folder, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
