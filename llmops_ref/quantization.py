@@ -11,7 +11,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,12 +47,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_all_ = [
-    "AlreadyQuantizedError", "MemoryEstimate", "NotEnoughMemoryError", "QuantizationBackendError", "QuantizedTensor", "Recommendation",
-    "SCHEMES", "UnknownSchemeError", "UnsupportedArchitectureError", "UnsupportedSchemeError", "dequantize", "error_bound", "fits",
-    "known_configs", "load_quantized", "load_quantized_chat", "predict_memory", "quantize", "recommend", "stored_bytes",
-]
-
 # %% auto #0
 __all__ = ['Spread', 'Measurement', 'measurements_table', 'measure_together', 'measure', 'Estimate', 'mcnemar', 'ChoiceQuestion',
            'handbook_questions', 'NotFiniteError', 'choose', 'QualityDelta', 'quality_table', 'compare_qualities',
@@ -61,6 +55,13 @@ __all__ = ['Spread', 'Measurement', 'measurements_table', 'measure_together', 'm
            'UnsupportedArchitectureError', 'UnsupportedSchemeError', 'dequantize', 'error_bound', 'fits',
            'known_configs', 'load_quantized', 'load_quantized_chat', 'predict_memory', 'quantize', 'recommend',
            'stored_bytes']
+
+# %% ../nbs/quantization.ipynb #666e3ce8
+_all_ = [
+    "AlreadyQuantizedError", "MemoryEstimate", "NotEnoughMemoryError", "QuantizationBackendError", "QuantizedTensor", "Recommendation",
+    "SCHEMES", "UnknownSchemeError", "UnsupportedArchitectureError", "UnsupportedSchemeError", "dequantize", "error_bound", "fits",
+    "known_configs", "load_quantized", "load_quantized_chat", "predict_memory", "quantize", "recommend", "stored_bytes",
+]
 
 # %% ../nbs/quantization.ipynb #3a38438a
 @dataclass(frozen=True)
