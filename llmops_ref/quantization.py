@@ -215,12 +215,13 @@ def _peak_memory(
         work()
         return stored_bytes(model) + int(torch.cuda.max_memory_allocated(model.device) - before)
     before = _resident("VmRSS")
-    if before is None:
-        return None
-    Path("/proc/self/clear_refs").write_text("5")    # start the high-water mark afresh
+    try:
+        Path("/proc/self/clear_refs").write_text("5")    # start the high-water mark afresh
+    except OSError:    # another platform, or a sandbox
+        before = None
     work()
     peak = _resident("VmHWM")
-    return None if peak is None else stored_bytes(model) + max(peak - before, 0)
+    return None if before is None or peak is None else stored_bytes(model) + max(peak - before, 0)
 
 # %% ../nbs/quantization.ipynb #8cac9531
 def _window(model: PreTrainedModel | Engine) -> int | None:

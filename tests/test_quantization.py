@@ -122,6 +122,15 @@ def test_measure_reports_memory_load_time_and_versions(embedded, tokenizer):
     assert "| nf4 |" in found._repr_markdown_()
 
 
+def test_where_no_peak_can_be_had_the_warm_up_runs_all_the_same(tokenizer, monkeypatch):
+    calls = []
+    real = module._generate
+    monkeypatch.setattr(module, "_generate", lambda *arguments: calls.append(1) or real(*arguments))
+    monkeypatch.setattr(module.Path, "write_text", lambda *arguments: (_ for _ in ()).throw(PermissionError()))
+    found = measure(tiny(tokenizer), tokenizer, prompts=TEXTS[:1], new_tokens=2, repeats=2, progress=False)
+    assert found.peak_memory is None and len(calls) == 3 and len(found.decode.values) == 2
+
+
 def test_the_embedded_engine_is_measured_beside_the_others(embedded, tokenizer):
     with Engine(chat_folder() / CHAT_FILE.name, threads=1, context=512) as engine:
         found = measure_together({"bf16": embedded["bf16"], "engine": engine}, tokenizer, prompts=TEXTS[:1], new_tokens=4, repeats=1, progress=False)
