@@ -183,16 +183,17 @@ def check_architecture(
     scheme: str,      # one of SCHEMES
     *,
     most: float = 0.01,    # share of the weights that may stay unquantized beside embeddings and output layer
-) -> None:
+) -> bool:                 # whether fused experts have to be taken apart
     "Raise `UnsupportedSchemeError` where `scheme` would leave more than `most` of the weights as they are."
     transformers, torch = require("transformers", extra="huggingface"), require("torch", extra="huggingface")
     if scheme in ("none", "bf16"):
-        return
+        return False
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(config)
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     taken = {id(module.weight) for module in skeleton.modules() if isinstance(module, linear)}
-    taken |= {id(weight) for module in _fused_experts(skeleton).values() for weight in module.parameters()}
+    experts = _fused_experts(skeleton)
+    taken |= {id(weight) for module in experts.values() for weight in module.parameters()}
     ends = {id(module.weight) for module in skeleton.modules() if isinstance(module, torch.nn.Embedding)}
     ends |= {id(end.weight) for end in [skeleton.get_output_embeddings()] if end is not None}
     left = {name: weight.numel() for name, weight in skeleton.named_parameters() if id(weight) not in taken | ends and weight.ndim > 1}
@@ -203,6 +204,7 @@ def check_architecture(
             f"{scheme} would leave {share:.0%} of the weights of {type(skeleton).__name__} as they are, {largest} first.",
             "Use bf16, or a checkpoint that was quantized for your server (GPTQ, AWQ, FP8).",
         )
+    return bool(experts)
 
 # %% ../nbs/quantized_loading.ipynb #ba04988e
 def _weights_folder(model: str | Path) -> str:
@@ -387,12 +389,11 @@ def load_quantized(
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) and scheme != "none":
             raise AlreadyQuantizedError(f"{_called(model)} is quantized already.", "Load it with scheme 'none', or take the original weights.")
-        check_architecture(config, scheme)
+        experts = check_architecture(config, scheme)
     need = _predicted_bytes(config, scheme, compute_dtype)
     _check_memory(need, target, scheme)
     if Path(source).is_dir():
         _check_finite(Path(source))
-    experts = scheme not in ("none", "bf16") and getattr(config, "num_experts", getattr(config, "num_local_experts", None))
     first = torch.device("cpu") if experts else target    # the 16-bit experts may not fit where the quantized ones will
     started = time.perf_counter()
     with _typed_load_errors(model, "" if need is None else f", which needs {need / 2**30:.2f} GiB"):

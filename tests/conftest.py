@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,13 @@ from guard import install
 def pytest_configure(config: pytest.Config) -> None:
     "Install the network guard before anything is imported by a test."
     install(config)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    "PyTorch on one thread for a whole module: its sums are then the same everywhere, and busy cores do not stall each other."
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

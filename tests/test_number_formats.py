@@ -7,7 +7,6 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 from typing import Any
@@ -51,13 +50,7 @@ usual = st.floats(-(2.0**100), 2.0**100, width=32).map(lambda value: value if ab
 lengths = st.integers(1, 300)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    "PyTorch on one thread: its mean of many scales is then the same everywhere, and busy cores do not stall each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def agree(ours: QuantizedTensor, weights: torch.Tensor) -> None:

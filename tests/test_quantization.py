@@ -35,15 +35,8 @@ from llmops_ref.quantized_loading import load_quantized
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["A customer may hold at most three current accounts in a sole name.", "A lost card is replaced within five working days."]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,8 @@ from llmops_ref.quantized_loading import (
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUANTIZED = [scheme for scheme in SCHEMES if scheme not in ("none", "bf16")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(kind="llama", **fields):
@@ -260,6 +253,13 @@ def test_experts_of_another_layout_are_refused_with_the_share_that_would_stay(tm
     with pytest.raises(UnsupportedSchemeError, match=r"leave \d+% of the weights .*experts"):
         load_quantized(tmp_path, "nf4", device="cpu")
     load_quantized(tmp_path, "bf16", device="cpu")
+
+
+@pytest.mark.parametrize(("sparse", "apart"), [([], True), ([0, 1], False)])
+def test_experts_are_taken_apart_where_the_model_has_some_whatever_its_config_counts(sparse, apart):
+    config = tiny("qwen3_moe", **MIXTURES["qwen3_moe"], mlp_only_layers=sparse).config
+    assert module.check_architecture(config, "nf4") is apart
+    assert module.check_architecture(config, "bf16") is False
 
 
 def test_a_kernel_that_cannot_take_the_architecture_is_found_out_at_once(folder, monkeypatch):
