@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['Spread', 'Measurement', 'measurements_table', 'measure_together', 'measure', 'Estimate', 'mcnemar', 'ChoiceQuestion',
-           'handbook_questions', 'NotFiniteError', 'choose', 'QualityDelta', 'quality_table', 'compare_qualities',
-           'compare_quality', 'AlreadyQuantizedError', 'MemoryEstimate', 'NotEnoughMemoryError',
-           'QuantizationBackendError', 'QuantizedTensor', 'Recommendation', 'SCHEMES', 'UnknownSchemeError',
-           'UnsupportedArchitectureError', 'UnsupportedSchemeError', 'dequantize', 'error_bound', 'fits',
-           'known_configs', 'load_quantized', 'load_quantized_chat', 'predict_memory', 'quantize', 'recommend',
+__all__ = ['Spread', 'Measurement', 'measurements_table', 'resident_bytes', 'watch_resident_peak', 'measure_together', 'measure',
+           'Estimate', 'mcnemar', 'ChoiceQuestion', 'handbook_questions', 'NotFiniteError', 'choose', 'QualityDelta',
+           'quality_table', 'compare_qualities', 'compare_quality', 'AlreadyQuantizedError', 'MemoryEstimate',
+           'NotEnoughMemoryError', 'QuantizationBackendError', 'QuantizedTensor', 'Recommendation', 'SCHEMES',
+           'UnknownSchemeError', 'UnsupportedArchitectureError', 'UnsupportedSchemeError', 'dequantize', 'error_bound',
+           'fits', 'known_configs', 'load_quantized', 'load_quantized_chat', 'predict_memory', 'quantize', 'recommend',
            'stored_bytes']
 
 # %% ../nbs/quantization.ipynb #666e3ce8
@@ -191,13 +191,22 @@ def _spreads(rounds: Sequence[Sequence[_Run]]) -> tuple[Spread, Spread, Spread]:
     )
 
 # %% ../nbs/quantization.ipynb #d6c49662
-def _resident(
-    field: str,    # VmRSS or VmHWM (its highest value)
+def resident_bytes(
+    field: str = "VmRSS",    # or VmHWM, its highest value
 ) -> int | None:
     "Resident memory of this process in bytes, or None where the platform does not say."
     status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text(encoding="ascii")) if status.is_file() else None
     return int(found[1]) * 1024 if found else None
+
+
+def watch_resident_peak() -> Callable[[], int | None]:
+    "Start watching; the returned function tells the most bytes resident since, None where that cannot be known."
+    try:
+        Path("/proc/self/clear_refs").write_text("5")    # start the high-water mark afresh
+    except OSError:    # another platform, or a sandbox
+        return lambda: None
+    return lambda: resident_bytes("VmHWM")
 
 
 def _peak_memory(
@@ -214,13 +223,9 @@ def _peak_memory(
         before = torch.cuda.memory_allocated(model.device)
         work()
         return stored_bytes(model) + int(torch.cuda.max_memory_allocated(model.device) - before)
-    before = _resident("VmRSS")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")    # start the high-water mark afresh
-    except OSError:    # another platform, or a sandbox
-        before = None
+    before, highest = resident_bytes(), watch_resident_peak()
     work()
-    peak = _resident("VmHWM")
+    peak = highest()
     return None if before is None or peak is None else stored_bytes(model) + max(peak - before, 0)
 
 # %% ../nbs/quantization.ipynb #8cac9531

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from .core import BadInputError, LlmopsRefError, atomic_path, require
 from .model_memory import load_config, predict_memory, stored_bytes
 from .number_formats import check_scheme
+from .quantization import resident_bytes, watch_resident_peak
 from .quantized_loading import quantize_experts, quantized_linear
 
 # %% auto #0
@@ -605,26 +606,14 @@ def _peak_memory(device: str) -> Callable[[], int | None]:
         cuda = require("torch", extra="huggingface").cuda
         cuda.reset_peak_memory_stats(device)
         return lambda: int(cuda.max_memory_allocated(device))
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")    # forget the old high-water mark
-    except OSError:
-        return lambda: None
-    return lambda: _resident("VmHWM")
+    return watch_resident_peak()
 
 
-def _resident(name: str = "VmRSS") -> int:
-    "Bytes of this process in memory: now (`VmRSS`), or at most since the mark was reset (`VmHWM`)."
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def _device_memory(device: str) -> int | None:
+def _device_memory(device: str) -> int:
     "Bytes that a model can have there at most."
     if device != "cpu":
         return int(require("torch", extra="huggingface").cuda.mem_get_info(device)[1])
-    facts = Path("/proc/meminfo")
-    lines = facts.read_text(encoding="ascii").splitlines() if facts.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return int(require("psutil", extra="huggingface").virtual_memory().available)
 
 
 def _release(device: str) -> None:
@@ -741,7 +730,7 @@ class _Session:
         self._held: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}    # at most one model, and facts about it
         self._load_libraries()
         _release(device)
-        self.before = _resident() if device == "cpu" and Path("/proc/self/status").is_file() else 0
+        self.before = (resident_bytes() or 0) if device == "cpu" else 0
 
     def _load_libraries(self) -> None:
         "Bring in, with a tiny model, the code and buffers that any model needs, so that no row pays for them."
@@ -763,7 +752,7 @@ class _Session:
         need, have = estimate.weights + estimate.kv_cache, _device_memory(self.device)
         if reason := _impossible(config, row, self.device):
             return dataclasses.replace(row, status="not possible", detail=reason)
-        if have is not None and need > have:
+        if need > have:
             detail = f"not tried, weights and cache alone need {need / 2**30:.1f} GiB of {have / 2**30:.1f}"
             return dataclasses.replace(row, status="out of memory", detail=detail)
         finished = self._try(row, config)
