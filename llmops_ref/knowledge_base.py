@@ -8,10 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import html
-import io
 import json
-import math
 import os
 import re
 import shutil
@@ -29,24 +26,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import yaml
 from filelock import FileLock, Timeout
 
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
+from .documents import SUPPORTED_SUFFIXES, Chunk, Passage, UnreadableDocumentError, read_document, split_document
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
 
 # %% auto #0
-__all__ = ['TABLE_RULE', 'UnreadableDocumentError', 'IndexFormatError', 'IndexMismatchError', 'IndexLockedError',
-           'IndexDamagedError', 'EmptyIndexError', 'Block', 'Document', 'read_document', 'estimate_tokens', 'sentences',
-           'Chunk', 'split_document', 'FailedFile', 'IngestReport', 'Passage', 'KnowledgeBase', 'check_question']
+__all__ = ['IndexFormatError', 'IndexMismatchError', 'IndexLockedError', 'IndexDamagedError', 'EmptyIndexError', 'FailedFile',
+           'IngestReport', 'KnowledgeBase', 'check_question']
 
 # %% ../nbs/knowledge_base.ipynb #dd349c58
-class UnreadableDocumentError(BadInputError):
-    "A file holds no text that we can read; the text says why. During an ingest it becomes a row in `failed`."
-
-
 class IndexFormatError(BadInputError):
     "A folder is not an index of this library, or was written by another version of its format."
 
@@ -65,401 +57,6 @@ class IndexDamagedError(LlmopsRefError):
 
 class EmptyIndexError(BadInputError):
     "A search in an index without a single passage: an empty answer would hide that nothing was ingested."
-
-# %% ../nbs/knowledge_base.ipynb #308e5873
-@dataclass(frozen=True)
-class Block:
-    "A stretch of a document's text with one page and one section."
-
-    start: int                      # offset of the first character in the document's text
-    end: int                        # offset behind the last character
-    page: int | None = None         # counted from 1; None where the format has no pages
-    section: str | None = None      # heading path, such as "Fees > Overdrafts"
-
-
-@dataclass(frozen=True)
-class Document:
-    "What was read from one file: its text, where in it each page or section stands, and its metadata."
-
-    text: str
-    blocks: tuple[Block, ...]
-    metadata: Mapping[str, Any] = field(default_factory=dict)    # front matter, HTML meta tags, document properties
-
-
-def _document(parts: Iterable[tuple[str, int | None, str | None]], metadata: Mapping[str, Any] | None = None) -> Document:
-    "Join `(text, page, section)` parts with an empty line between them, and note where each came to stand."
-    text, blocks = "", []
-    for body, page, section in parts:
-        if body.strip():
-            start = len(text) + 2 if text else 0
-            text += ("\n\n" if text else "") + body.strip()
-            blocks.append(Block(start, len(text), page, section))
-    if not blocks:
-        raise UnreadableDocumentError("The file holds no text.", "If it is a scan, run text recognition (OCR) first.")
-    return Document(text, tuple(blocks), dict(metadata or {}))
-
-# %% ../nbs/knowledge_base.ipynb #36db65f3
-_PDF_TAIL = 2048    # a complete PDF ends with %%EOF; viewers accept a little after it
-
-
-def _read_pdf(data: bytes) -> Document:
-    "Read the text layer of every page; an empty user password is tried on encrypted files."
-    pdfium = require("pypdfium2", extra="rag")
-    if b"%%EOF" not in data[-_PDF_TAIL:]:
-        raise UnreadableDocumentError("The PDF is truncated: its end marker is missing.", "Copy the file again.")
-    try:
-        pdf = pdfium.PdfDocument(data)
-    except pdfium.PdfiumError as error:
-        if "password" in str(error).lower():
-            raise UnreadableDocumentError("The PDF is protected by a password.", "Save a copy without one.") from error
-        raise UnreadableDocumentError(f"The PDF cannot be opened ({error}).", "Copy or export the file again.") from error
-    with contextlib.closing(pdf):
-        parts = [(_pdf_page(pdf, number), number + 1, None) for number in range(len(pdf))]
-        title = pdf.get_metadata_dict(skip_empty=True).get("Title", "")
-    return _document(parts, {"title": title} if title else {})
-
-
-def _pdf_page(pdf: Any, number: int) -> str:
-    "The text of one page; PDFium marks a hyphen at a line's end with U+0002 or U+FFFE."
-    page = pdf[number]
-    textpage = page.get_textpage()
-    text = str(textpage.get_text_bounded())
-    textpage.close()
-    page.close()
-    text = re.sub("[\x02\ufffe](\r?\n)?", "-", text).replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"[ \t\xa0]+\n", "\n", text.replace("\x00", ""))
-
-# %% ../nbs/knowledge_base.ipynb #5e10ccae
-def _outline(items: Iterable[tuple[int, str]]) -> Iterator[tuple[str, int | None, str | None]]:
-    "Turn `(heading level, or 0 for body; text)` into sections; a heading without a body joins the next section."
-    path: list[tuple[int, str]] = []
-    held: list[str] = []
-    has_body = False
-    for level, text in items:
-        if level:
-            if has_body:
-                yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
-                held, has_body = [], False
-            path = [entry for entry in path if entry[0] < level] + [(level, text.strip("# \n"))]
-        elif text.strip():
-            has_body = True
-        if text.strip():
-            held.append(text)
-    if held:
-        yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
-
-# %% ../nbs/knowledge_base.ipynb #1f939f9a
-_CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
-
-
-def _decode(data: bytes) -> str:
-    "Decode UTF-8, UTF-8 or UTF-16 with a byte-order mark, else Windows-1252; refuse what is not text."
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode("utf-16").replace("\r\n", "\n")
-    sample = data[:65536]
-    if b"\x00" in sample or sum(byte in _CONTROLS for byte in sample) > len(sample) / 100:
-        raise UnreadableDocumentError("The file is binary, not text.", "Give it the suffix of its real format.")
-    for encoding in ("utf-8-sig", "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-    raise UnreadableDocumentError("The text's encoding is unknown.", "Save it as UTF-8.")
-
-
-def _read_text(data: bytes) -> Document:
-    "Plain text: one block without page or section."
-    return _document([(_decode(data), None, None)])
-
-# %% ../nbs/knowledge_base.ipynb #4ed64b75
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
-_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-
-
-def _read_markdown(data: bytes) -> Document:
-    "Markdown: YAML front matter becomes metadata, headings become sections, comments are dropped."
-    text, metadata = _decode(data), dict[str, Any]()
-    if match := _FRONT_MATTER.match(text):
-        try:
-            loaded = yaml.safe_load(match.group(1))
-        except (yaml.YAMLError, ValueError) as error:
-            raise UnreadableDocumentError("The front matter is not valid YAML.", "Correct the lines between the --- marks.") from error
-        if isinstance(loaded, dict):
-            metadata, text = loaded, text[match.end():]
-    return _document(_outline(_markdown_items(text)), metadata)
-
-
-def _markdown_items(text: str) -> Iterator[tuple[int, str]]:
-    "Headings and the text between them; a `#` inside a fenced code block is no heading."
-    fence = ""
-    body: list[str] = []
-    for line in _COMMENT.sub("", text).split("\n"):
-        mark = re.match(r" {0,3}(```+|~~~+)", line)
-        if mark and (not fence or mark.group(1).startswith(fence)):
-            fence = "" if fence else mark.group(1)
-        heading = None if fence else re.match(r" {0,3}(#{1,6})[ \t]+\S", line)
-        if heading:
-            yield 0, "\n".join(body).strip("\n")
-            body = []
-            yield len(heading.group(1)), line.strip()
-        else:
-            body.append(line.rstrip())
-    yield 0, "\n".join(body).strip("\n")
-
-# %% ../nbs/knowledge_base.ipynb #0f5dcc12
-_BLOCK_TAGS = frozenset(re.findall(r"\w+", """
-    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form
-    h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section summary table tbody td tfoot th thead tr ul"""))
-_SILENT_TAGS = ["script", "style", "template", "noscript", "nav", "svg"]
-
-
-def _read_html(data: bytes) -> Document:
-    "HTML: visible text only, headings become sections, tables become Markdown tables."
-    soup = require("bs4", extra="rag").BeautifulSoup(data, require("lxml", extra="rag") and "lxml")
-    metadata = {tag["name"]: _meta_value(tag["content"]) for tag in soup.find_all("meta", attrs={"name": True, "content": True})}
-    if soup.title and soup.title.string:
-        metadata.setdefault("title", soup.title.string.strip())
-    hidden = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-    for tag in [*soup.find_all(_SILENT_TAGS), *soup.find_all(hidden=True), *soup.find_all(style=hidden)]:
-        tag.decompose()
-    for table in [table for table in soup.find_all("table") if not table.find("table")]:
-        rows = [[" ".join(cell.get_text(" ").split()) for cell in row.find_all(["td", "th"])] for row in table.find_all("tr")]
-        block = soup.new_tag("pre")
-        block.string = _table([row for row in rows if row])
-        table.replace_with(block)
-    return _document(_outline(_html_items(soup.body or soup)), metadata)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if len(lines) > 1 else []), *lines[1:]])
-
-
-def _meta_value(content: str) -> Any:
-    "A meta tag's content; `[a, b]` is a list and `null` is nothing, as in Markdown's front matter."
-    if content.startswith("[") and content.endswith("]"):
-        return [item.strip() for item in content[1:-1].split(",") if item.strip()]
-    return None if content == "null" else content
-
-
-def _html_items(root: Any) -> Iterator[tuple[int, str]]:
-    "Walk the strings in reading order, a paragraph for each block element."
-    body: list[str] = []
-    last = None
-    for node in root.descendants:
-        if node.name is not None or type(node).__name__ != "NavigableString" or not node.strip():
-            continue
-        block = next((parent for parent in node.parents if parent.name in _BLOCK_TAGS), root)
-        words = str(node).strip("\n") if block.name == "pre" else re.sub(r"\s+", " ", node)
-        if re.fullmatch(r"h[1-6]", block.name):
-            if block is not last:
-                yield 0, "".join(body)
-                body = []
-                yield int(block.name[1]), re.sub(r"\s+", " ", block.get_text()).strip()
-        elif block is last:
-            body.append(words)
-        else:
-            paragraph = "" if not body else "\n" if block.name in ("li", "td", "th") else "\n\n"
-            body.append(paragraph + words.lstrip())
-        last = block
-    yield 0, "".join(body)
-
-# %% ../nbs/knowledge_base.ipynb #4dec6a42
-def _read_docx(data: bytes) -> Document:
-    "Word: paragraphs and tables in reading order, heading styles become sections."
-    docx = require("docx", extra="rag")
-    try:
-        file = docx.Document(io.BytesIO(data))
-        items = [_docx_item(item) for item in file.iter_inner_content()]
-        title = file.core_properties.title
-    except Exception as error:    # python-docx lets zip, XML and key errors through; all mean the same to the reader
-        raise UnreadableDocumentError("The file is not a readable DOCX document.", "Open it in Word and save it again.") from error
-    return _document(_outline(items), {"title": title} if title else {})
-
-
-def _docx_item(item: Any) -> tuple[int, str]:
-    "One paragraph or table as `(level, text)`."
-    if hasattr(item, "rows"):
-        rows = [[" ".join(cell.text.split()) for cell in row.cells] for row in item.rows]
-        return 0, _table(rows)
-    style = (item.style.name or "") if item.style is not None else ""
-    level = 1 if style == "Title" else int(style[8:]) if re.fullmatch(r"Heading [1-9]", style) else 0
-    return level if item.text.strip() else 0, item.text.strip()
-
-
-def _read_notebook(data: bytes) -> Document:
-    "Jupyter: the sources of markdown and code cells in order; outputs are left out."
-    try:
-        cells = json.loads(_decode(data))["cells"]
-        sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableDocumentError("The file is not a valid notebook.", "Open it in Jupyter and save it again.") from error
-    items: list[tuple[int, str]] = []
-    for kind, source in sources:
-        items += _markdown_items(source) if kind == "markdown" else [(0, source)]
-    return _document(_outline(items))
-
-# %% ../nbs/knowledge_base.ipynb #ca50c181
-_READERS: dict[str, Callable[[bytes], Document]] = {
-    ".pdf": _read_pdf, ".html": _read_html, ".htm": _read_html, ".md": _read_markdown, ".markdown": _read_markdown,
-    ".txt": _read_text, ".text": _read_text, ".docx": _read_docx, ".ipynb": _read_notebook,
-}
-
-
-def read_document(
-    path: str | os.PathLike[str],     # its suffix decides the reader
-    data: bytes | None = None,        # the file's bytes, where they are already at hand
-) -> Document:
-    "Read one file's text and structure. Raises `UnreadableDocumentError` with the reason."
-    suffix = Path(path).suffix.lower()
-    if suffix not in _READERS:
-        raise UnreadableDocumentError(f"The format {suffix or 'without a suffix'} is not supported.", f"Supported: {', '.join(_READERS)}.")
-    try:
-        content = Path(path).read_bytes() if data is None else data
-    except OSError as error:
-        raise UnreadableDocumentError(f"The file cannot be read ({error.strerror}).", "Check its permissions.") from error
-    if not content:
-        raise UnreadableDocumentError("The file is empty (0 bytes).", "Copy it again.")
-    return _READERS[suffix](content)
-
-# %% ../nbs/knowledge_base.ipynb #d376a452
-_WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
-
-
-def estimate_tokens(
-    text: str,    # any text
-) -> int:         # a number that WordPiece seldom exceeds
-    "Estimate a WordPiece token count from above, without a tokenizer: chunks must not depend on the model's files."
-    count = 2    # the two special tokens around every text
-    for word in _WORD.findall(text):
-        if word[0].isdigit():
-            count += math.ceil(len(word) / 2)
-        elif ord(max(word)) > 0x2E7F:
-            count += len(word)    # Chinese, Japanese, Korean, emoji: a token a character
-        else:
-            count += 1 if len(word) <= 7 else math.ceil(len(word) / 5 if len(word) <= 20 else len(word) / 2)
-    return count
-
-# %% ../nbs/knowledge_base.ipynb #37a7e499
-_SENTENCE_END = re.compile(r"[.!?][\"”’)\]]*(?=\s+[\"“‘(\[]?[^\W_a-z])")
-_ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|No|Inc|Ltd|Co|Corp|vs|e\.g|i\.e|approx|cf|U\.S|U\.K))\.$")
-_BULLET = re.compile(r"\s*(?:[|•▪◦*+#-]|\d{1,2}[.)])\s")
-
-
-def sentences(
-    text: str,                          # prose, lists and table rows mixed
-) -> list[tuple[int, int]]:             # spans (start, end) without surrounding white space
-    "Split `text` into sentences; a table row, a list item and a heading are sentences of their own."
-    lines = [match.span() for match in re.finditer(r"[^\n]+", text)]
-    width = max((end - start for start, end in lines), default=0)
-    groups: list[list[int]] = []
-    for number, (start, end) in enumerate(lines):
-        previous = lines[number - 1] if number else None
-        wrapped = (
-            previous is not None
-            and start - previous[1] == 1                                     # no empty line between them
-            and previous[1] - previous[0] > 0.6 * width                      # the line above is full: prose, wrapped
-            and not _BULLET.match(text, start) and text[previous[0]] != "|"
-            and not text[start:end].lstrip()[:1].isupper() | (text[previous[1] - 1] in ".!?:")
-        )
-        if wrapped:
-            groups[-1][1] = end
-        else:
-            groups.append([start, end])
-    spans = [span for start, end in groups for span in _split_sentences(text, start, end)]
-    return [span for span in (_trim(text, *span) for span in spans) if span[0] < span[1]]
-
-
-def _split_sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    "Cut a paragraph behind sentence ends, but not behind an abbreviation or inside a table row."
-    position = start
-    if text[start] != "|":
-        for match in _SENTENCE_END.finditer(text, start, end):
-            if not _ABBREVIATION.search(text[max(start, match.start() - 8):match.start() + 1]):
-                yield position, match.end()
-                position = match.end()
-    yield position, end
-
-
-def _trim(text: str, start: int, end: int) -> tuple[int, int]:
-    "Shrink a span until it neither begins nor ends with white space."
-    body = text[start:end]
-    return start + len(body) - len(body.lstrip()), start + len(body.rstrip())
-
-# %% ../nbs/knowledge_base.ipynb #7b6f7bce
-TABLE_RULE = re.compile(r"\|[\s|:-]*-[\s|:-]*")    # the line between a Markdown table's header and its rows
-
-
-@dataclass(frozen=True)
-class Chunk:
-    "A passage to index: `document.text[start:end] == text`, on one page or in one section."
-
-    text: str
-    start: int
-    end: int
-    page: int | None = None
-    section: str | None = None
-    header: str | None = None       # where the chunk begins inside a table: the table's header row
-
-
-def split_document(
-    document: Document,
-    max_tokens: int = 200,     # by `estimate_tokens`; MiniLM reads 256 and drops the rest in silence
-) -> list[Chunk]:
-    "Split into chunks of about equal size that end with a sentence or a table row where they can."
-    chunks = []
-    for block in document.blocks:
-        units = [
-            piece
-            for start, end in sentences(document.text[block.start:block.end])
-            for piece in _cut(document.text, block.start + start, block.start + end, max_tokens)
-        ]
-        headers = _headers(document.text, units)
-        for start, end in _pack(units, [estimate_tokens(document.text[start:end]) for start, end in units], max_tokens):
-            chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section, headers.get(start)))
-    return chunks
-
-
-def _headers(text: str, units: Sequence[tuple[int, int]]) -> dict[int, str]:
-    "For each table row below a header, where it starts: the header's text. A header is a row above a rule of dashes."
-    headers, header = dict[int, str](), ""
-    for number, (start, end) in enumerate(units):
-        below = text[slice(*units[number + 1])] if number + 1 < len(units) else ""
-        if text[start] != "|":
-            header = ""
-        elif TABLE_RULE.fullmatch(below):
-            header = text[start:end]
-        elif header:
-            headers[start] = header
-    return headers
-
-
-def _pack(units: Sequence[tuple[int, int]], sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    "Join neighbouring units into spans: as few as fit under `limit`, and of about the same size."
-    target = sum(sizes) / max(1, math.ceil(sum(sizes) / limit))
-    start, filled = 0, 0
-    for number, size in enumerate(sizes):
-        if filled and (filled + size > limit or filled + size / 2 > target):
-            yield units[start][0], units[number - 1][1]
-            start, filled = number, 0
-        filled += size
-    if units:
-        yield units[start][0], units[-1][1]
-
-
-def _cut(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
-    "Cut one overlong sentence at white space, or anywhere where there is none."
-    while start < end and estimate_tokens(text[start:end]) > limit:
-        low, high = start + 1, end
-        while low < high:    # the longest prefix that fits
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if estimate_tokens(text[start:middle]) <= limit else (low, middle - 1)
-        space = max(text.rfind(" ", start + 1, low + 1), text.rfind("\n", start + 1, low + 1))
-        stop = space if space > start + (low - start) // 2 else low
-        yield _trim(text, start, stop)
-        start = _trim(text, stop, end)[0]
-    if start < end:
-        yield start, end
 
 # %% ../nbs/knowledge_base.ipynb #9f8e94e7
 @dataclass(frozen=True)
@@ -493,36 +90,6 @@ class IngestReport:
             "| added | updated | unchanged | deleted | failed | chunks in the index |\n|--:|--:|--:|--:|--:|--:|\n"
             f"| {' | '.join(map(str, counts))} |\n{rows}"
         )
-
-# %% ../nbs/knowledge_base.ipynb #78ee3f00
-@dataclass(frozen=True)
-class Passage:
-    "A piece of a document that a search found."
-
-    text: str
-    source: str                     # the document, relative to the folder that was ingested
-    page: int | None                # counted from 1
-    section: str | None             # heading path
-    score: float                    # cosine similarity to the question; higher is closer
-    chunk_id: str
-    start: int = 0                  # character span in the document's text
-    end: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)    # the document's own: title, effective_date, …
-    header: str | None = None       # where the text begins inside a table: the table's header row
-
-    @property
-    def place(self) -> str:
-        "Where to look it up: `report.pdf p. 12`, or `fees.md, Fees > Overdrafts`."
-        if self.page is not None:
-            return f"{self.source} p. {self.page}"
-        return f"{self.source}, {self.section}" if self.section else self.source
-
-    def to_dict(self) -> dict[str, Any]:
-        "The passage as plain types, for JSON."
-        return asdict(self)
-
-    def _repr_markdown_(self) -> str:
-        return f"**{self.place}** (score {self.score:.3f})\n\n> " + html.escape(self.text).replace("\n", "\n> ")
 
 # %% ../nbs/knowledge_base.ipynb #37284eb3
 _FORMAT = 1                                   # of the folder's layout
@@ -717,9 +284,9 @@ def _collect(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
     for name in given:
         path = Path(os.path.realpath(name))
         if path.is_dir():
-            found = [file for file in _walk(path) if file.suffix.lower() in _READERS]
+            found = [file for file in _walk(path) if file.suffix.lower() in SUPPORTED_SUFFIXES]
             if not found:
-                raise BadInputError(f"The folder {str(name)!r} holds no document.", f"Supported formats: {', '.join(_READERS)}.")
+                raise BadInputError(f"The folder {str(name)!r} holds no document.", f"Supported formats: {', '.join(SUPPORTED_SUFFIXES)}.")
             folders.append(path)
             for file in found:
                 files.setdefault(file, _File(file, path))

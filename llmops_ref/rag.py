@@ -19,7 +19,8 @@ from langchain_core.messages import AIMessageChunk, BaseMessage, HumanMessage, S
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from .core import BadInputError
-from .knowledge_base import TABLE_RULE, IngestReport, KnowledgeBase, Passage, check_question, estimate_tokens, sentences
+from .documents import TABLE_RULE, Passage, estimate_tokens, sentences
+from .knowledge_base import IngestReport, KnowledgeBase, check_question
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel

@@ -17,7 +17,8 @@ from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
 from llmops_ref.core import BadInputError, LlmopsRefError
-from llmops_ref.knowledge_base import EmptyIndexError, read_document
+from llmops_ref.documents import read_document
+from llmops_ref.knowledge_base import EmptyIndexError
 from llmops_ref.rag import RAG, Answer, KnowledgeBase, Passage, build_prompt, find_support, supported
 
 pytest.importorskip("chromadb")
