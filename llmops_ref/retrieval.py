@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['FINANCE', 'Rewrite', 'Rerank', 'lexical_tokens', 'LexicalIndexError', 'LexicalIndex', 'reciprocal_rank_fusion',
            'Searchable', 'page_of', 'MemoryStore', 'infer_sources', 'strip_instructions', 'Place', 'Aim', 'Glossary',
-           'find_aims', 'mmr', 'cross_encoder', 'chat_rewriter', 'Retrieval', 'retrieve']
+           'find_aims', 'mmr', 'cross_encoder', 'chat_rewriter', 'Retrieval', 'retrieve', 'widen']
 
 # %% ../nbs/retrieval.ipynb #12f5f0a7
 _STOP_WORDS = frozenset(re.findall(r"\w+", """a about all an and any are as at be been between by can could did do does each for from give had has
@@ -288,24 +288,35 @@ def _years(text: str) -> set[int]:
     return full | {2000 + int(year) for year in re.findall(r"\bfy ?['\u2019]?(\d\d)\b", text, re.IGNORECASE)}
 
 # %% ../nbs/retrieval.ipynb #3ecc13a6
+_KINDS = {
+    "10-k": r"\b10-?k\b|annual report", "10-q": r"\b10-?q\b|quarterly report", "8-k": r"\b8-?k\b",
+    "earnings release": r"\bearnings (?:release|report|announcement)|press release",
+}
+
+
 def infer_sources(
     question: str,
-    documents: Sequence[Mapping[str, Any]],    # one record each: source, company, ticker, fiscal_year, period_end
+    documents: Sequence[Mapping[str, Any]],    # one record each: source, company, ticker, document_type, fiscal_year, period_end
 ) -> list[str] | None:                         # the documents the question is about; None: it does not say
-    "Which documents a question means, by the company and the year it names."
-    words = re.findall(r"[a-z0-9]+", re.sub(r"['\u2019]s\b|['\u2019]", "", question.lower()))
+    "Which documents a question means, by the company, year, quarter and kind of report it names."
+    text = question.lower().replace("\u2019", "'")
+    words = re.findall(r"[a-z0-9]+", re.sub(r"'s\b|'", "", text))
     asked = {"".join(words[start:start + length]) for length in (1, 2, 3, 4) for start in range(len(words))}
-    records = [
-        (item, _names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem))
-        for item in documents
+    found = [
+        item for item in documents
+        if not asked.isdisjoint(_names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem))
     ]
-    found = [item for item, names in records if not names.isdisjoint(asked)]
-    years = _years(question)
-    for wanted in ({max(years)}, years, {max(years) + 1}) if years else ():
-        of_year = [item for item in found if wanted & _years(" ".join(str(item.get(name, "")) for name in ("source", "fiscal_year", "period_end")))]
-        if of_year:
-            found = of_year
-            break
+    if years := _years(text):
+        dated = [(item, _years(" ".join(str(item.get(name, "")) for name in ("source", "fiscal_year", "period_end")))) for item in found]
+        for wanted in ({max(years)}, years, {max(years) + 1}):
+            if of_year := [item for item, its_years in dated if wanted & its_years]:
+                found = of_year
+                break
+    for quarter in re.findall(r"\bq([1-3])\b", text)[:1]:    # the fourth quarter also stands in the annual report
+        found = [item for item in found if f"q{quarter}" in str(item["source"]).lower()] or found
+    for kind, pattern in _KINDS.items():
+        if re.search(pattern, text):
+            found = [item for item in found if str(item.get("document_type", "")).lower().startswith(kind)] or found
     return [str(item["source"]) for item in found] or None
 
 # %% ../nbs/retrieval.ipynb #2e79ebd8
@@ -491,7 +502,7 @@ _FRONT = re.compile(r"table of contents|\bindex\b|exhibits?\b|signatures?|certif
 class Retrieval:
     "How to search. The defaults are the best measured; a stage is taken out with None, 0 or False. Raises `BadInputError`."
 
-    dense_weight: float = 0.5                          # of the meaning against the words; 1: dense alone, 0: lexical alone
+    dense_weight: float = 0.6                          # of the meaning against the words; 1: dense alone, 0: lexical alone
     candidates: int = 60                               # passages a ranking
     fuse: Callable[[Sequence[Sequence[str]], Sequence[float]], Mapping[str, float]] = reciprocal_rank_fusion
     prepare: Callable[[str], str] | None = strip_instructions
@@ -603,27 +614,27 @@ def _best_of_pages(passages: Iterable[Passage]) -> list[Passage]:
 def _with_aims(
     store: Searchable, question: str, query: str, pages: list[Passage], where: Mapping[str, Any] | None, retrieval: Retrieval, glossary: Glossary
 ) -> list[Passage]:
-    "Move the best page of each aim forward; where no source is known, look in the best page's document only."
+    "Move the best page of each aim forward, of a single aim the second too; where no source is known, look in the best page's document only."
     inside = where or _where([pages[0].source])
-    targets = [
-        target for aim in find_aims(question, glossary)
-        if (target := _target(store, aim, query, inside, retrieval.candidates)) is not None
-    ]
+    targets = [_targets(store, aim, query, inside, retrieval.candidates) for aim in find_aims(question, glossary)]
+    targets = [found for found in targets if found]
     named = any(re.search(pattern, question.lower()) for pattern in glossary.named)
     ahead = 2 if _REASON.search(query) else 0 if named else 1
-    order = [*pages[:ahead], *targets, *pages[ahead:]]
+    second = targets[0][1:2] if len(targets) == 1 else []
+    order = [*pages[:ahead], *(found[0] for found in targets), *pages[ahead:ahead + 1], *second, *pages[ahead + 1:]]
     if retrieval.one_per_page:
         return _best_of_pages(order)
     return list({passage.chunk_id: passage for passage in order}.values())
 
 
-def _target(store: Searchable, aim: Aim, query: str, where: Mapping[str, Any] | None, n: int) -> Passage | None:
-    "The best passage of an aim's place."
+def _targets(store: Searchable, aim: Aim, query: str, where: Mapping[str, Any] | None, n: int) -> list[Passage]:
+    "The best pages of an aim's place: those whose heading begins with its name, else holds it, else (for a table) pages of numbers."
     found = store.lexical(f"{aim.place.title} {aim.words} {query}", n, where)
-    there = [passage for passage in found if re.search(aim.place.heading, _heading(passage))]
+    there = [passage for passage in found if re.match(f"(?:consolidated )?(?:{aim.place.heading})", _heading(passage))]
+    there = there or [passage for passage in found if re.search(aim.place.heading, _heading(passage))]
     if not there and aim.place.numbers:
         there = [passage for passage in found if passage.page is not None and _numeric(passage.text) and not _FRONT.search(_heading(passage))]
-    return replace(there[0], scores={**there[0].scores, "aim": there[0].scores.get("lexical", 0.0)}) if there else None
+    return [replace(passage, scores={**passage.scores, "aim": passage.scores.get("lexical", 0.0)}) for passage in _best_of_pages(there)[:2]]
 
 
 def _numeric(text: str) -> bool:
@@ -640,3 +651,31 @@ def _reranked(question: str, pages: Sequence[Passage], rerank: Rerank, depth: in
         raise BadInputError(f"The reranker returned {len(scores)} scores for {len(head)} passages.", "Return one a passage.")
     order = sorted(range(len(head)), key=lambda at: -scores[at])
     return [replace(head[at], scores={**head[at].scores, "rerank": scores[at]}) for at in order] + list(pages[depth:])
+
+# %% ../nbs/retrieval.ipynb #a7e9969d
+def widen(
+    store: Searchable,
+    passage: Passage,
+    max_tokens: int = 400,    # by `estimate_tokens`; the passage itself is never cut
+) -> Passage:                 # the same page or section, more of it
+    "Grow a passage to its neighbours on the page, the nearer first. Raises `BadInputError`."
+    if max_tokens < 1:
+        raise BadInputError(f"max_tokens is {max_tokens}.", "Use at least 1.")
+    family = store.siblings(passage)
+    at = next((number for number, item in enumerate(family) if item.chunk_id == passage.chunk_id), None)
+    if at is None:
+        return passage
+    first, last = at, at + 1
+    while first > 0 or last < len(family):
+        below = (last < len(family)) and (first == 0 or last - at <= at - first + 1)
+        wider = (first, last + 1) if below else (first - 1, last)
+        if estimate_tokens(_joined(family[slice(*wider)])) > max_tokens:
+            break
+        first, last = wider
+    taken = family[first:last]
+    return replace(passage, text=_joined(taken), start=taken[0].start, end=max(item.end for item in taken), header=taken[0].header)
+
+
+def _joined(passages: Sequence[Passage]) -> str:
+    "The texts in order, each on a line of its own."
+    return "\n".join(passage.text for passage in passages)
