@@ -27,7 +27,7 @@ import yaml
 from .core import BadInputError, require
 
 # %% auto #0
-__all__ = ['MAX_PAGE_CHARACTERS', 'MAX_PAGES', 'MAX_UNPACKED', 'MAX_XML', 'SUPPORTED_SUFFIXES', 'TABLE_RULE',
+__all__ = ['MAX_UNPACKED', 'MAX_XML', 'MAX_PAGE_CHARACTERS', 'MAX_PAGES', 'SUPPORTED_SUFFIXES', 'MAX_BYTES', 'TABLE_RULE',
            'UnreadableDocumentError', 'DocumentTooLargeError', 'Block', 'Document', 'read_document', 'estimate_tokens',
            'sentences', 'Chunk', 'split_document', 'Passage']
 
@@ -59,17 +59,286 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)    # front matter, HTML meta tags, document properties
 
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
 def _document(parts: Iterable[tuple[str, int | None, str | None]], metadata: Mapping[str, Any] | None = None) -> Document:
     "Join `(text, page, section)` parts with an empty line between them, and note where each came to stand."
     bodies, blocks, start = list[str](), list[Block](), 0
     for body, page, section in parts:
-        if body := body.strip():
+        if body := (_whole(body) if _SURROGATE.search(body) else body).strip():
             blocks.append(Block(start, start + len(body), page, section))
             bodies.append(body)
             start += len(body) + 2
     if not blocks:
         raise UnreadableDocumentError("The file holds no text.", "If it is a scan, run text recognition (OCR) first.")
     return Document("\n\n".join(bodies), tuple(blocks), dict(metadata or {}))
+
+# %% ../nbs/documents.ipynb #5e10ccae
+def _outline(items: Iterable[tuple[int, str]]) -> Iterator[tuple[str, int | None, str | None]]:
+    "Turn `(heading level, or 0 for body; text)` into sections; a heading without a body joins the next section."
+    path: list[tuple[int, str]] = []
+    held: list[str] = []
+    has_body = False
+    for level, text in items:
+        if level:
+            if has_body:
+                yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
+                held, has_body = [], False
+            path = [entry for entry in path if entry[0] < level] + [(level, text.strip("# \n"))]
+        elif text.strip():
+            has_body = True
+        if text.strip():
+            held.append(text)
+    if held:
+        yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
+
+# %% ../nbs/documents.ipynb #1f939f9a
+_CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
+
+
+def _decode(data: bytes) -> str:
+    "Decode UTF-8, UTF-8 or UTF-16 with a byte-order mark, else Windows-1252; refuse what is not text."
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode("utf-16").replace("\r\n", "\n")
+    sample = data[:65536]
+    if b"\x00" in sample or sum(byte in _CONTROLS for byte in sample) > len(sample) / 100:
+        raise UnreadableDocumentError("The file is binary, not text.", "Give it the suffix of its real format.")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    raise UnreadableDocumentError("The text's encoding is unknown.", "Save it as UTF-8.")
+
+
+def _read_text(data: bytes) -> Document:
+    "Plain text: one block without page or section."
+    return _document([(_decode(data), None, None)])
+
+# %% ../nbs/documents.ipynb #4ed64b75
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+
+
+def _read_markdown(data: bytes) -> Document:
+    "Markdown: YAML front matter becomes metadata, headings become sections, comments are dropped."
+    text, metadata = _decode(data), dict[str, Any]()
+    if match := _FRONT_MATTER.match(text):
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match.group(1), yaml.SafeLoader)):
+                raise ValueError("a few lines of aliases can stand for gigabytes")
+            loaded = yaml.safe_load(match.group(1))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UnreadableDocumentError("The front matter is not valid YAML.", "Correct the lines between the --- marks.") from error
+        if isinstance(loaded, dict):
+            metadata, text = loaded, text[match.end():]
+    return _document(_outline(_markdown_items(text)), metadata)
+
+
+def _markdown_items(text: str) -> Iterator[tuple[int, str]]:
+    "Headings and the text between them; a `#` inside a fenced code block is no heading."
+    fence = ""
+    body: list[str] = []
+    for line in _COMMENT.sub("", text).split("\n"):
+        mark = re.match(r" {0,3}(```+|~~~+)", line)
+        if mark and (not fence or mark.group(1).startswith(fence)):
+            fence = "" if fence else mark.group(1)
+        heading = None if fence else re.match(r" {0,3}(#{1,6})[ \t]+\S", line)
+        if heading:
+            yield 0, "\n".join(body).strip("\n")
+            body = []
+            yield len(heading.group(1)), line.strip()
+        else:
+            body.append(line.rstrip())
+    yield 0, "\n".join(body).strip("\n")
+
+# %% ../nbs/documents.ipynb #0f5dcc12
+_BLOCK_TAGS = frozenset(re.findall(r"\w+", """
+    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form
+    h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section summary table tbody td tfoot th thead tr ul"""))
+_SILENT_TAGS = frozenset(("script", "style", "template", "noscript", "nav", "svg", "head"))
+_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+
+
+def _read_html(data: bytes) -> Document:
+    "HTML: visible text only, headings become sections, tables become Markdown tables."
+    lxml_html = require("lxml.html", extra="rag")
+    text = _decode(data)
+    declared = re.search(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w-]{3,20})", data[:4096], re.IGNORECASE)
+    if declared and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            text = data.decode(declared.group(1).decode("ascii"))
+    parser = lxml_html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
+    try:
+        root = lxml_html.document_fromstring(re.sub(r"[\x00-\x08\x0b\x0e-\x1f\ud800-\udfff]", "", text).encode(), parser=parser)
+    except Exception as error:    # lxml names its errors after the parser's steps; all mean the same to the reader
+        raise UnreadableDocumentError("The file is not readable HTML.", "Open it in a browser and save it again.") from error
+    if any("depth" in entry.message for entry in parser.error_log):
+        raise DocumentTooLargeError("The HTML nests its elements more than two thousand deep, and a parser drops what is deeper.", "Repair or flatten it.")
+    metadata = {tag.get("name"): _meta_value(tag.get("content")) for tag in root.iter("meta") if tag.get("name") and tag.get("content")}
+    if title := " ".join((root.findtext(".//title") or "").split()):
+        metadata.setdefault("title", title)
+    for tag in [tag for tag in root.iter() if tag.tag in _SILENT_TAGS or tag.get("hidden") is not None or _HIDDEN.search(tag.get("style", ""))]:
+        if tag.getparent() is not None:
+            tag.drop_tree()
+    return _document(_outline(_html_items(root)), metadata)
+
+
+def _html_items(root: Any) -> Iterator[tuple[int, str]]:
+    "Walk the elements in reading order without recursion; a paragraph for each block element."
+    walk = require("lxml.etree", extra="rag").iterwalk(root, events=("start", "end"))
+    body, blocks, last = list[str](), [root], None
+    for event, node in walk:
+        words = (node.text if event == "start" else node.tail) or ""
+        if event == "start" and (node.tag == "table" and next(node.iterdescendants("table"), None) is None):
+            body.append(("\n\n" if body else "") + _table(_html_rows(node)))
+            last, words = node, ""
+            walk.skip_subtree()
+        elif event == "start" and re.fullmatch(r"h[1-6]", node.tag):
+            yield 0, "".join(body)
+            yield int(node.tag[1]), " ".join("".join(node.itertext()).split())
+            body, last, words = [], node, ""
+            walk.skip_subtree()
+        elif node.tag in _BLOCK_TAGS:
+            if event == "start":
+                blocks.append(node)
+            elif len(blocks) > 1 and blocks[-1] is node:
+                blocks.pop()
+        if words.strip():
+            block = blocks[-1]
+            words = words.strip("\n") if block.tag == "pre" else re.sub(r"\s+", " ", words)
+            gap = "" if not body or block is last else "\n" if block.tag in ("li", "td", "th") else "\n\n"
+            body.append(gap + (words if block is last else words.lstrip()))
+            last = block
+        elif words and body and blocks[-1] is last and not body[-1].endswith(" "):
+            body.append(" ")
+    yield 0, "".join(body)
+
+# %% ../nbs/documents.ipynb #dd793787
+_MAX_SPAN = 200    # a cell may claim to cover a thousand million columns
+
+
+def _html_rows(table: Any) -> list[list[str]]:
+    "The rows of an HTML table, of equal length."
+    grid: list[list[tuple[int, int, str]]] = []
+    below: dict[int, int] = {}    # columns taken by cells that reach down from rows above: for how many more rows
+    for row in table.iter("tr"):
+        cells, place, reaching = list[tuple[int, int, str]](), 0, dict[int, int]()
+        for cell in row.iterchildren("td", "th"):
+            while below.get(place, 0) > 0:
+                place += 1
+            last = place + _span(cell, "colspan") - 1
+            cells.append((place, last, " ".join(" ".join(cell.itertext()).split())))
+            reaching.update(dict.fromkeys(range(place, last + 1), _span(cell, "rowspan")))
+            place = last + 1
+        below = {place: rows - 1 for place, rows in {**below, **reaching}.items() if rows > 1}
+        grid.append(_joined_signs(cells))
+    if sum(map(len, grid)) * 4 < len(grid) * max(map(len, grid), default=0):
+        return [[text for _, _, text in cells] for cells in grid if cells]    # mostly holes: padding it could fill the memory
+    ends = {last for cells in grid for first, last, text in cells if text and (first == last or _VALUE.fullmatch(text))}
+    return [row for row in (_placed(cells, sorted(ends)) for cells in grid) if any(row)]
+
+
+def _span(cell: Any, name: str) -> int:
+    "How many columns or rows a cell covers."
+    text = cell.get(name, "1").strip()
+    return max(1, min(int(text), _MAX_SPAN)) if re.fullmatch(r"\d{1,9}", text) else 1
+
+
+def _joined_signs(cells: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    "Cells without the empty ones; a currency sign joins the next, a closing bracket or percent sign the one before."
+    joined: list[tuple[int, int, str]] = []
+    for first, last, text in cells:
+        if joined and re.fullmatch(r"[)%]+", text):
+            joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + text)
+        elif joined and re.fullmatch(r"[$€£¥(]+", joined[-1][2]) and text:
+            joined[-1] = (joined[-1][0], last, joined[-1][2] + text)
+        elif text:
+            joined.append((first, last, text))
+    return joined
+
+
+def _placed(cells: Sequence[tuple[int, int, str]], ends: Sequence[int]) -> list[str]:
+    "Cells put into the columns that end at `ends`."
+    row = [""] * len(ends)
+    for first, last, text in cells:
+        low, high = bisect_left(ends, first), bisect_right(ends, last)
+        if high - low == len(ends) > 1:
+            high = low + 1    # a heading across the table
+        for place in range(low, high) if low < high else [min(low, len(ends) - 1)]:
+            row[place] += (" " if row[place] else "") + text
+    return row
+
+# %% ../nbs/documents.ipynb #faddd368
+def _table(rows: Sequence[Sequence[str]], has_header: bool = True) -> str:
+    "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if has_header and len(lines) > 1 else []), *lines[1:]])
+
+
+def _meta_value(content: str) -> Any:
+    "A meta tag's content; `[a, b]` is a list and `null` is nothing, as in Markdown's front matter."
+    if content.startswith("[") and content.endswith("]"):
+        return [item.strip() for item in content[1:-1].split(",") if item.strip()]
+    return None if content == "null" else content
+
+# %% ../nbs/documents.ipynb #4dec6a42
+MAX_UNPACKED = 512 * 2**20    # bytes of a Word file's parts in all, pictures included
+MAX_XML = 64 * 2**20          # bytes of its XML parts: the parsed tree takes about ten times that
+
+
+def _read_docx(data: bytes) -> Document:
+    "Word: paragraphs and tables in reading order, heading styles become sections."
+    docx = require("docx", extra="rag")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            parts = [(part.filename.endswith((".xml", ".rels")), part.file_size) for part in archive.infolist()]
+        if sum(size for _, size in parts) > MAX_UNPACKED or sum(size for is_xml, size in parts if is_xml) > MAX_XML:
+            raise DocumentTooLargeError(
+                f"The Word file unpacks to {sum(size for _, size in parts) / 2**20:,.0f} MiB, as zip bombs do.", "Split it, or save its text alone.")
+        file = docx.Document(io.BytesIO(data))
+        items = [_docx_item(item) for item in file.iter_inner_content()]
+        title = file.core_properties.title
+    except (UnreadableDocumentError, MemoryError):
+        raise
+    except Exception as error:    # python-docx lets zip, XML and key errors through; all mean the same to the reader
+        raise UnreadableDocumentError("The file is not a readable DOCX document.", "Open it in Word and save it again.") from error
+    return _document(_outline(items), {"title": title} if title else {})
+
+
+def _docx_item(item: Any) -> tuple[int, str]:
+    "One paragraph or table as `(level, text)`."
+    if hasattr(item, "rows"):
+        return 0, _table(_docx_rows(item))
+    style = (item.style.name or "") if item.style is not None else ""
+    level = 1 if style == "Title" else int(style[8:]) if re.fullmatch(r"Heading [1-9]", style) else 0
+    return level if item.text.strip() else 0, item.text.strip()
+
+
+def _docx_rows(table: Any) -> list[list[str]]:
+    "The cells of a table; one that covers several columns or rows stands in each of them."
+    rows: list[list[str]] = []
+    for row in table.rows:
+        cells: list[str] = []
+        for cell in row._tr.tc_lst:
+            above = rows[-1][len(cells)] if rows and len(cells) < len(rows[-1]) else ""
+            text = above if cell.vMerge == "continue" else " ".join(" ".join(paragraph.text for paragraph in cell.p_lst).split())
+            cells += [text] * min(cell.grid_span, _MAX_SPAN)
+        rows.append(cells)
+    return rows
+
+# %% ../nbs/documents.ipynb #e47bd0e5
+def _read_notebook(data: bytes) -> Document:
+    "Jupyter: the sources of markdown and code cells in order; outputs are left out."
+    try:
+        cells = json.loads(_decode(data))["cells"]
+        sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnreadableDocumentError("The file is not a valid notebook.", "Open it in Jupyter and save it again.") from error
+    items: list[tuple[int, str]] = []
+    for kind, source in sources:
+        items += _markdown_items(source) if kind == "markdown" else [(0, source)]
+    return _document(_outline(items))
 
 # %% ../nbs/documents.ipynb #36db65f3
 _HYPHENS = frozenset((0x02, 0xFFFE))               # PDFium's marks for a hyphen that the layout put at a line's end
@@ -617,272 +886,6 @@ def _path(path: Sequence[tuple[_Level, str]]) -> str | None:
     fixed = [text for level, text in path if 1 < level[0] < 4]
     return " > ".join([*fixed, *[text for level, text in path if level[0] == 4][-2:]]) or None
 
-# %% ../nbs/documents.ipynb #5e10ccae
-def _outline(items: Iterable[tuple[int, str]]) -> Iterator[tuple[str, int | None, str | None]]:
-    "Turn `(heading level, or 0 for body; text)` into sections; a heading without a body joins the next section."
-    path: list[tuple[int, str]] = []
-    held: list[str] = []
-    has_body = False
-    for level, text in items:
-        if level:
-            if has_body:
-                yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
-                held, has_body = [], False
-            path = [entry for entry in path if entry[0] < level] + [(level, text.strip("# \n"))]
-        elif text.strip():
-            has_body = True
-        if text.strip():
-            held.append(text)
-    if held:
-        yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
-
-# %% ../nbs/documents.ipynb #1f939f9a
-_CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
-
-
-def _decode(data: bytes) -> str:
-    "Decode UTF-8, UTF-8 or UTF-16 with a byte-order mark, else Windows-1252; refuse what is not text."
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode("utf-16").replace("\r\n", "\n")
-    sample = data[:65536]
-    if b"\x00" in sample or sum(byte in _CONTROLS for byte in sample) > len(sample) / 100:
-        raise UnreadableDocumentError("The file is binary, not text.", "Give it the suffix of its real format.")
-    for encoding in ("utf-8-sig", "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-    raise UnreadableDocumentError("The text's encoding is unknown.", "Save it as UTF-8.")
-
-
-def _read_text(data: bytes) -> Document:
-    "Plain text: one block without page or section."
-    return _document([(_decode(data), None, None)])
-
-# %% ../nbs/documents.ipynb #4ed64b75
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
-_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-
-
-def _read_markdown(data: bytes) -> Document:
-    "Markdown: YAML front matter becomes metadata, headings become sections, comments are dropped."
-    text, metadata = _decode(data), dict[str, Any]()
-    if match := _FRONT_MATTER.match(text):
-        try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match.group(1), yaml.SafeLoader)):
-                raise ValueError("a few lines of aliases can stand for gigabytes")
-            loaded = yaml.safe_load(match.group(1))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UnreadableDocumentError("The front matter is not valid YAML.", "Correct the lines between the --- marks.") from error
-        if isinstance(loaded, dict):
-            metadata, text = loaded, text[match.end():]
-    return _document(_outline(_markdown_items(text)), metadata)
-
-
-def _markdown_items(text: str) -> Iterator[tuple[int, str]]:
-    "Headings and the text between them; a `#` inside a fenced code block is no heading."
-    fence = ""
-    body: list[str] = []
-    for line in _COMMENT.sub("", text).split("\n"):
-        mark = re.match(r" {0,3}(```+|~~~+)", line)
-        if mark and (not fence or mark.group(1).startswith(fence)):
-            fence = "" if fence else mark.group(1)
-        heading = None if fence else re.match(r" {0,3}(#{1,6})[ \t]+\S", line)
-        if heading:
-            yield 0, "\n".join(body).strip("\n")
-            body = []
-            yield len(heading.group(1)), line.strip()
-        else:
-            body.append(line.rstrip())
-    yield 0, "\n".join(body).strip("\n")
-
-# %% ../nbs/documents.ipynb #0f5dcc12
-_BLOCK_TAGS = frozenset(re.findall(r"\w+", """
-    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form
-    h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section summary table tbody td tfoot th thead tr ul"""))
-_SILENT_TAGS = frozenset(("script", "style", "template", "noscript", "nav", "svg", "head"))
-_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-
-
-def _read_html(data: bytes) -> Document:
-    "HTML: visible text only, headings become sections, tables become Markdown tables."
-    lxml_html = require("lxml.html", extra="rag")
-    text = _decode(data)
-    declared = re.search(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w-]{3,20})", data[:4096], re.IGNORECASE)
-    if declared and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        with contextlib.suppress(LookupError, UnicodeDecodeError):
-            text = data.decode(declared.group(1).decode("ascii"))
-    parser = lxml_html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
-    try:
-        root = lxml_html.document_fromstring(re.sub(r"[\x00-\x08\x0b\x0e-\x1f\ud800-\udfff]", "", text).encode(), parser=parser)
-    except Exception as error:    # lxml names its errors after the parser's steps; all mean the same to the reader
-        raise UnreadableDocumentError("The file is not readable HTML.", "Open it in a browser and save it again.") from error
-    if any("depth" in entry.message for entry in parser.error_log):
-        raise DocumentTooLargeError("The HTML nests its elements more than two thousand deep, and a parser drops what is deeper.", "Repair or flatten it.")
-    metadata = {tag.get("name"): _meta_value(tag.get("content")) for tag in root.iter("meta") if tag.get("name") and tag.get("content")}
-    if title := " ".join((root.findtext(".//title") or "").split()):
-        metadata.setdefault("title", title)
-    for tag in [tag for tag in root.iter() if tag.tag in _SILENT_TAGS or tag.get("hidden") is not None or _HIDDEN.search(tag.get("style", ""))]:
-        if tag.getparent() is not None:
-            tag.drop_tree()
-    return _document(_outline(_html_items(root)), metadata)
-
-
-def _html_items(root: Any) -> Iterator[tuple[int, str]]:
-    "Walk the elements in reading order without recursion; a paragraph for each block element."
-    walk = require("lxml.etree", extra="rag").iterwalk(root, events=("start", "end"))
-    body, blocks, last = list[str](), [root], None
-    for event, node in walk:
-        words = (node.text if event == "start" else node.tail) or ""
-        if event == "start" and (node.tag == "table" and next(node.iterdescendants("table"), None) is None):
-            body.append(("\n\n" if body else "") + _table(_html_rows(node)))
-            last, words = node, ""
-            walk.skip_subtree()
-        elif event == "start" and re.fullmatch(r"h[1-6]", node.tag):
-            yield 0, "".join(body)
-            yield int(node.tag[1]), " ".join("".join(node.itertext()).split())
-            body, last, words = [], node, ""
-            walk.skip_subtree()
-        elif node.tag in _BLOCK_TAGS:
-            if event == "start":
-                blocks.append(node)
-            elif len(blocks) > 1 and blocks[-1] is node:
-                blocks.pop()
-        if words.strip():
-            block = blocks[-1]
-            words = words.strip("\n") if block.tag == "pre" else re.sub(r"\s+", " ", words)
-            gap = "" if not body or block is last else "\n" if block.tag in ("li", "td", "th") else "\n\n"
-            body.append(gap + (words if block is last else words.lstrip()))
-            last = block
-        elif words and body and blocks[-1] is last and not body[-1].endswith(" "):
-            body.append(" ")
-    yield 0, "".join(body)
-
-# %% ../nbs/documents.ipynb #dd793787
-_MAX_SPAN = 200    # a cell may claim to cover a thousand million columns
-
-
-def _html_rows(table: Any) -> list[list[str]]:
-    "The rows of an HTML table, of equal length."
-    grid: list[list[tuple[int, int, str]]] = []
-    below: dict[int, int] = {}    # columns taken by cells that reach down from rows above: for how many more rows
-    for row in table.iter("tr"):
-        cells, place, reaching = list[tuple[int, int, str]](), 0, dict[int, int]()
-        for cell in row.iterchildren("td", "th"):
-            while below.get(place, 0) > 0:
-                place += 1
-            last = place + _span(cell, "colspan") - 1
-            cells.append((place, last, " ".join(" ".join(cell.itertext()).split())))
-            reaching.update(dict.fromkeys(range(place, last + 1), _span(cell, "rowspan")))
-            place = last + 1
-        below = {place: rows - 1 for place, rows in {**below, **reaching}.items() if rows > 1}
-        grid.append(_joined_signs(cells))
-    if sum(map(len, grid)) * 4 < len(grid) * max(map(len, grid), default=0):
-        return [[text for _, _, text in cells] for cells in grid if cells]    # mostly holes: padding it could fill the memory
-    ends = {last for cells in grid for first, last, text in cells if text and (first == last or _VALUE.fullmatch(text))}
-    return [row for row in (_placed(cells, sorted(ends)) for cells in grid) if any(row)]
-
-
-def _span(cell: Any, name: str) -> int:
-    "How many columns or rows a cell covers."
-    text = cell.get(name, "1").strip()
-    return max(1, min(int(text), _MAX_SPAN)) if re.fullmatch(r"\d{1,9}", text) else 1
-
-
-def _joined_signs(cells: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    "Cells without the empty ones; a currency sign joins the next, a closing bracket or percent sign the one before."
-    joined: list[tuple[int, int, str]] = []
-    for first, last, text in cells:
-        if joined and re.fullmatch(r"[)%]+", text):
-            joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + text)
-        elif joined and re.fullmatch(r"[$€£¥(]+", joined[-1][2]) and text:
-            joined[-1] = (joined[-1][0], last, joined[-1][2] + text)
-        elif text:
-            joined.append((first, last, text))
-    return joined
-
-
-def _placed(cells: Sequence[tuple[int, int, str]], ends: Sequence[int]) -> list[str]:
-    "Cells put into the columns that end at `ends`."
-    row = [""] * len(ends)
-    for first, last, text in cells:
-        low, high = bisect_left(ends, first), bisect_right(ends, last)
-        if high - low == len(ends) > 1:
-            high = low + 1    # a heading across the table
-        for place in range(low, high) if low < high else [min(low, len(ends) - 1)]:
-            row[place] += (" " if row[place] else "") + text
-    return row
-
-# %% ../nbs/documents.ipynb #faddd368
-def _table(rows: Sequence[Sequence[str]], has_header: bool = True) -> str:
-    "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if has_header and len(lines) > 1 else []), *lines[1:]])
-
-
-def _meta_value(content: str) -> Any:
-    "A meta tag's content; `[a, b]` is a list and `null` is nothing, as in Markdown's front matter."
-    if content.startswith("[") and content.endswith("]"):
-        return [item.strip() for item in content[1:-1].split(",") if item.strip()]
-    return None if content == "null" else content
-
-# %% ../nbs/documents.ipynb #4dec6a42
-MAX_UNPACKED = 512 * 2**20    # bytes of a Word file's parts in all, pictures included
-MAX_XML = 64 * 2**20          # bytes of its XML parts: the parsed tree takes about ten times that
-
-
-def _read_docx(data: bytes) -> Document:
-    "Word: paragraphs and tables in reading order, heading styles become sections."
-    docx = require("docx", extra="rag")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            parts = [(part.filename.endswith((".xml", ".rels")), part.file_size) for part in archive.infolist()]
-        if sum(size for _, size in parts) > MAX_UNPACKED or sum(size for is_xml, size in parts if is_xml) > MAX_XML:
-            raise DocumentTooLargeError(
-                f"The Word file unpacks to {sum(size for _, size in parts) / 2**20:,.0f} MiB, as zip bombs do.", "Split it, or save its text alone.")
-        file = docx.Document(io.BytesIO(data))
-        items = [_docx_item(item) for item in file.iter_inner_content()]
-        title = file.core_properties.title
-    except (UnreadableDocumentError, MemoryError):
-        raise
-    except Exception as error:    # python-docx lets zip, XML and key errors through; all mean the same to the reader
-        raise UnreadableDocumentError("The file is not a readable DOCX document.", "Open it in Word and save it again.") from error
-    return _document(_outline(items), {"title": title} if title else {})
-
-
-def _docx_item(item: Any) -> tuple[int, str]:
-    "One paragraph or table as `(level, text)`."
-    if hasattr(item, "rows"):
-        return 0, _table(_docx_rows(item))
-    style = (item.style.name or "") if item.style is not None else ""
-    level = 1 if style == "Title" else int(style[8:]) if re.fullmatch(r"Heading [1-9]", style) else 0
-    return level if item.text.strip() else 0, item.text.strip()
-
-
-def _docx_rows(table: Any) -> list[list[str]]:
-    "The cells of a table; one that covers several columns or rows stands in each of them."
-    rows: list[list[str]] = []
-    for row in table.rows:
-        cells: list[str] = []
-        for cell in row._tr.tc_lst:
-            above = rows[-1][len(cells)] if rows and len(cells) < len(rows[-1]) else ""
-            text = above if cell.vMerge == "continue" else " ".join(" ".join(paragraph.text for paragraph in cell.p_lst).split())
-            cells += [text] * min(cell.grid_span, _MAX_SPAN)
-        rows.append(cells)
-    return rows
-
-# %% ../nbs/documents.ipynb #e47bd0e5
-def _read_notebook(data: bytes) -> Document:
-    "Jupyter: the sources of markdown and code cells in order; outputs are left out."
-    try:
-        cells = json.loads(_decode(data))["cells"]
-        sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UnreadableDocumentError("The file is not a valid notebook.", "Open it in Jupyter and save it again.") from error
-    items: list[tuple[int, str]] = []
-    for kind, source in sources:
-        items += _markdown_items(source) if kind == "markdown" else [(0, source)]
-    return _document(_outline(items))
-
 # %% ../nbs/documents.ipynb #ca50c181
 _SUFFIX = r"(?:Inc\.?|Corp\.?|Corporation|Company|Co\.|plc|PLC|Ltd\.?|Limited|N\.V\.|S\.A\.|SE|AG|LLC|L\.P\.|Group|Holdings)"
 _ANNOUNCES = re.compile(r"^(.{2,60}?)\s+(?:announces|reports|delivers|releases|posts)\b(?=.{0,120}\b(?:results|earnings)\b)", re.IGNORECASE | re.MULTILINE | re.DOTALL)
@@ -979,7 +982,7 @@ def _statements(page: str) -> str:
                 break
     return "; ".join(names) + (f" > {own}" if len(names) == 1 and names[0].partition(" of ")[2] not in own.casefold().replace("’", "'") else "")
 
-# %% ../nbs/documents.ipynb #8f2b9d5b
+# %% ../nbs/documents.ipynb #4fd474c7
 _READERS: dict[str, Callable[[bytes], Document]] = {
     ".pdf": _read_pdf, ".html": _read_html, ".htm": _read_html, ".md": _read_markdown, ".markdown": _read_markdown,
     ".txt": _read_text, ".text": _read_text, ".docx": _read_docx, ".ipynb": _read_notebook,
@@ -987,6 +990,7 @@ _READERS: dict[str, Callable[[bytes], Document]] = {
 
 
 SUPPORTED_SUFFIXES = tuple(_READERS)
+MAX_BYTES = 512 * 2**20    # of a file; text takes a small multiple of that in memory
 
 
 def read_document(
@@ -998,13 +1002,26 @@ def read_document(
     if suffix not in _READERS:
         raise UnreadableDocumentError(f"The format {suffix or 'without a suffix'} is not supported.", f"Supported: {', '.join(_READERS)}.")
     try:
+        if data is None and os.stat(path).st_size > MAX_BYTES:
+            raise DocumentTooLargeError("The file is larger than a document can be.", f"The limit is {MAX_BYTES / 2**20:,.0f} MiB: split it.")
         content = Path(path).read_bytes() if data is None else data
     except OSError as error:
         raise UnreadableDocumentError(f"The file cannot be read ({error.strerror}).", "Check its permissions.") from error
     if not content:
         raise UnreadableDocumentError("The file is empty (0 bytes).", "Copy it again.")
+    if len(content) > MAX_BYTES:
+        raise DocumentTooLargeError(f"The file has {len(content) / 2**20:,.0f} MiB; the limit is {MAX_BYTES / 2**20:,.0f}.", "Split it.")
     document = _READERS[suffix](content)
-    return replace(document, metadata={**_describe(document.text, Path(path).name), **document.metadata})
+    return replace(document, metadata={**_describe(document.text, Path(path).name), **_whole(document.metadata)})
+
+
+def _whole(value: Any) -> Any:
+    "Metadata without halves of surrogate pairs, which JSON can hold and no store can write."
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, Mapping):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/documents.ipynb #d376a452
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
@@ -1029,7 +1046,7 @@ def _word_tokens(word: str) -> int:
     return 1 if length <= 7 else math.ceil(length / (5 if length <= 20 else 2))
 
 # %% ../nbs/documents.ipynb #37a7e499
-_SENTENCE_END = re.compile(r"[.!?][\"”’)\]]*(?=\s+[\"“‘(\[]?[^\W_a-z])")
+_SENTENCE_END = re.compile(r"[。！？][」』”’）]*|[؟۔।](?=\s)|[.!?][\"”’)\]]*(?=\s+[\"“‘(\[]?[^\W_a-z])")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|No|Inc|Ltd|Co|Corp|vs|e\.g|i\.e|approx|cf|U\.S|U\.K))\.$")
 _BULLET = re.compile(r"\s*(?:[|•▪◦*+#-]|\d{1,2}[.)])\s")
 
@@ -1106,6 +1123,8 @@ def split_document(
             for piece in _cut(document.text, block.start + start, block.start + end, limit)
         ]
         headers = _headers(document.text, units)
+        longest = max(map(estimate_tokens, set(headers.values())), default=0)
+        limit = max(max_tokens // 3, min(limit, 5 * max_tokens // 4 - (max_tokens - limit) - longest))    # a long header is embedded too
         for start, end in _pack(units, [estimate_tokens(document.text[start:end]) for start, end in units], limit):
             chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section, headers.get(start), context))
     return chunks
