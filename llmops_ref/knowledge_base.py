@@ -100,6 +100,7 @@ _COMPACT_AFTER = 1000                         # changes that a reader may have t
 _PAGE = 1000                                  # rows a read or write
 _GROUP = 1024                                 # chunks to embed in one go: the model batches texts of equal length
 _COLLECTION = "passages"
+_ROW = {"path", "source", "fingerprint", "chunks", "written", "index", "start", "end"}    # what each row must hold
 _PROBE = "The early bird catches the worm, and the second mouse gets the cheese."
 
 
@@ -169,6 +170,11 @@ def _vectors(embeddings: Embeddings, texts: Sequence[str]) -> np.ndarray[Any, np
     if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
         raise IndexDamagedError("The embedding model returned a wrong number of vectors or a value that is no number.", "Check the model.")
     return vectors
+
+
+def _indexed(text: str, row: Mapping[str, Any]) -> str:
+    "What is embedded of a chunk: the line on its context, where it has one, and its text."
+    return f"{row['context']}\n{text}" if row.get("context") else text
 
 
 def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
@@ -346,13 +352,18 @@ class _Reading:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _fingerprint(data: bytes) -> str:
+    "Names a file's content and the version of the code that reads it."
+    return hashlib.sha256(_READING.encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
+
+
 def _read_file(file: _File, known: Mapping[str, Mapping[str, Any]]) -> _Reading:
     "Read and split a file, or only hash it where the index has its content already."
     try:
         if not stat.S_ISREG(file.path.stat().st_mode):
             return _Reading(file, reason="The path is not a regular file.")
         data = file.path.read_bytes()
-        fingerprint = hashlib.sha256(_READING.encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
+        fingerprint = _fingerprint(data)
         if known.get(str(file.path), {}).get("fingerprint") == fingerprint:
             return _Reading(file, len(data), fingerprint)
         document = read_document(file.path, data)
@@ -759,7 +770,7 @@ class _Writer:
     def _repair(self) -> None:
         "After an interrupted write: keep each document's newest complete version, in a new generation."
         self._marker.touch()
-        rows = self._store.metadata()
+        rows = {chunk_id: row for chunk_id, row in self._store.metadata().items() if row.keys() >= _ROW}
         documents: dict[str, dict[str, dict[str, Any]]] = {}
         for chunk_id, row in rows.items():
             documents.setdefault(str(row["path"]), {})[chunk_id] = row
@@ -805,8 +816,9 @@ class _Writer:
             found = _patiently(lambda: old.rows.get(ids=list(page["ids"]), include=["embeddings"]))
             place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
             vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
-        except Exception:    # whatever is wrong with the vector files, the texts are in the database
-            vectors = _vectors(self.base.embeddings, page["documents"])
+            assert vectors.shape[1] == self.base._manifest.dimensions and np.isfinite(vectors).all() and vectors.any(axis=1).all()
+        except Exception:    # whatever is wrong with the vectors, the texts are in the database
+            vectors = _vectors(self.base.embeddings, list(map(_indexed, page["documents"], page["metadatas"])))
         return page["ids"], vectors, page["documents"], page["metadatas"]
 
 
