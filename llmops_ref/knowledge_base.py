@@ -184,10 +184,11 @@ def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
 
 
 def _choose_model(manifest: _Manifest, models: Sequence[Embeddings]) -> Embeddings:
-    "Of `models` the one that made the vectors, by its probe. Raises `IndexMismatchError`."
+    "Of `models` the one that made the vectors, by its probe: nearly the same under the same name, all but equal under another. Raises `IndexMismatchError`."
     likeness = [_likeness(manifest, model) for model in models]
-    if max(likeness) >= 0.99:
-        return models[likeness.index(max(likeness))]
+    best = models[likeness.index(max(likeness))]
+    if max(likeness) >= (0.99 if _model_name(best) == manifest.model else 0.999):
+        return best
     raise IndexMismatchError(
         f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
         f"not by {' or '.join(repr(_model_name(model)) for model in models)}.",
@@ -233,7 +234,7 @@ class _Store:
     embeddings: Embeddings
 
     def __init__(self, folder: Path, persist_at: int = _NEVER) -> None:
-        chromadb = _import_chroma()
+        _import_chroma()
         shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
         configuration = require("chromadb.config", extra="rag")
         settings = configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False)
@@ -245,7 +246,15 @@ class _Store:
             shared._identifier_to_system.pop(str(folder), None)
             hnsw = {"space": "cosine", "ef_construction": 200, "max_neighbors": 32, "sync_threshold": persist_at}
             self.rows = client.get_or_create_collection(_COLLECTION, embedding_function=None, configuration={"hnsw": hnsw})
-        self.errors: tuple[type[BaseException], ...] = (chromadb.errors.ChromaError,)
+        self._file = folder / "chroma.sqlite3"
+        self._inode = self._file.stat().st_ino
+
+    def gone(self) -> bool:
+        "Whether the generation was deleted under us: what it then answers is not to be trusted."
+        try:
+            return self._file.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
 
     def embed_query(self, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         "Embed a question by the model that made this generation's vectors, and by no other."
@@ -509,21 +518,24 @@ class KnowledgeBase:
     def _reopen(self) -> _Store:
         "Read the manifest again and open its generation with a client of its own."
         with self._guard:
-            self._seen = self._stamp()
-            manifest = _Manifest.read(self.path)
-            self._match_model(manifest)
-            self._manifest = manifest
-            if not self._intact(self._folder(self._manifest.generation)):
-                raise IndexDamagedError("The index's vector files are damaged or missing.", "Run ingest again: it rebuilds them.")
-            try:
-                self._store = self._opened(self._manifest.generation)
-            except LlmopsRefError:
-                raise
-            except Exception as error:
-                raise IndexDamagedError(
-                    f"The index's database cannot be opened ({error}).", "Delete the index folder and ingest the documents again."
-                ) from error
-            return self._store
+            while True:
+                self._seen = self._stamp()
+                manifest = _Manifest.read(self.path)
+                self._match_model(manifest)
+                self._manifest = manifest
+                if not self._intact(self._folder(manifest.generation)):
+                    raise IndexDamagedError("The index's vector files are damaged or missing.", "Run ingest again: it rebuilds them.")
+                try:
+                    store = self._opened(manifest.generation)
+                except LlmopsRefError:
+                    raise
+                except Exception as error:
+                    raise IndexDamagedError(
+                        f"The index's database cannot be opened ({error}).", "Delete the index folder and ingest the documents again."
+                    ) from error
+                if self._seen == self._stamp():    # else a writer may have deleted what we opened
+                    self._store = store
+                    return store
 
     def _open_to_write(self) -> None:
         "Open the current generation; if its vector files are damaged, drop them and mark the index for repair."
@@ -554,6 +566,10 @@ class KnowledgeBase:
     def _folder(self, generation: int) -> Path:
         return self.path / f"generation-{generation:06d}"
 
+    def _next_generation(self) -> int:
+        "A number that no published generation has."
+        return 1 + max(self._manifest.generation, self._manifest.beside["generation"] if self._manifest.beside else 0)
+
     def _opened(self, generation: int) -> _Store:
         "A generation with the model of its vectors."
         store = _Store(self._folder(generation))
@@ -574,11 +590,13 @@ class KnowledgeBase:
             try:
                 if attempt or store is None or self._seen != self._stamp():
                     store = self._reopen()
-                return action(store)
+                result = action(store)
+                if attempt == 2 or not store.gone():
+                    return result
             except _ModelFailure as failure:
                 raise failure.error from None
             except LlmopsRefError as error:
-                if attempt == 2 or not isinstance(error, IndexDamagedError) or self._seen == self._stamp():
+                if attempt == 2 or not isinstance(error, (IndexDamagedError, EmptyIndexError)) or self._seen == self._stamp():
                     raise    # unless another process has replaced the index while we opened it
             except Exception as error:
                 if attempt == 2:
@@ -788,8 +806,7 @@ class _Writer:
 
     def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], count: int) -> tuple[int, dict[str, list[int]]]:
         "Write `count` rows (ids, vectors, texts, metadata) into a new generation; return its number and its vector files."
-        manifest = self.base._manifest
-        number = 1 + max(manifest.generation, manifest.beside["generation"] if manifest.beside else 0)
+        number = self.base._next_generation()
         folder = self.base._folder(number)
         shutil.rmtree(folder, ignore_errors=True)
         new = _Store(folder, persist_at=max(2, count))
@@ -816,7 +833,8 @@ class _Writer:
             found = _patiently(lambda: old.rows.get(ids=list(page["ids"]), include=["embeddings"]))
             place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
             vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
-            assert vectors.shape[1] == self.base._manifest.dimensions and np.isfinite(vectors).all() and vectors.any(axis=1).all()
+            if vectors.shape[1] != self.base._manifest.dimensions or not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
+                raise ValueError("a vector is broken")
         except Exception:    # whatever is wrong with the vectors, the texts are in the database
             vectors = _vectors(self.base.embeddings, list(map(_indexed, page["documents"], page["metadatas"])))
         return page["ids"], vectors, page["documents"], page["metadatas"]
