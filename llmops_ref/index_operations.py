@@ -105,7 +105,8 @@ class _VectorLog:
         self.folder, self.embeddings = folder, embeddings
         self.probe = _vectors(embeddings, [_PROBE])[0]
         recorded = folder / "model.json"
-        if not recorded.exists() or not np.allclose(json.loads(recorded.read_text(encoding="utf-8")), self.probe.tolist(), atol=1e-6):
+        stored = np.asarray(json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else [])
+        if stored.shape != self.probe.shape or not np.allclose(stored, self.probe, atol=1e-6):
             shutil.rmtree(folder, ignore_errors=True)
             with atomic_path(recorded) as temporary:
                 temporary.write_text(json.dumps(self.probe.tolist()), encoding="utf-8")
@@ -452,13 +453,13 @@ def check_index(
         if not findings.add("damaged_database", _database_faults(folder)):
             store = _Store(folder)
             rows = store.metadata()
-            _check_rows(rows, findings)
+            current = _check_rows(rows, findings)
             present = _vector_files(folder) if manifest.files else {}
             changed = [name for name, value in manifest.files.items() if present.get(name) != list(value)]
             if not findings.add("damaged_files", changed):
                 searched = _check_vectors(store, manifest, base.embeddings, sorted(rows), findings, sample)
             if files:
-                _check_sources(rows, findings)
+                _check_sources(current, findings)
     documents = {str(row.get("path")) for row in rows.values()}
     return CheckReport(tuple(findings.found), len(documents), len(rows), searched, round(time.perf_counter() - began, 3))
 
@@ -488,8 +489,8 @@ def _database_faults(folder: Path) -> list[str]:
         return [str(error)]
 
 # %% ../nbs/index_operations.ipynb #d39ad1df
-def _check_rows(rows: Mapping[str, Mapping[str, Any]], findings: _Findings) -> None:
-    "Each document must be there once, in one version, with all its chunks."
+def _check_rows(rows: Mapping[str, Mapping[str, Any]], findings: _Findings) -> dict[str, Mapping[str, Any]]:
+    "Each document must be there once, in one version, with all its chunks; return a row of each that is whole, by path."
     findings.add("orphan_row", [chunk_id for chunk_id, row in rows.items() if not row.keys() >= _ROW])
     documents: dict[str, dict[str, Mapping[str, Any]]] = {}
     for chunk_id, row in rows.items():
@@ -499,6 +500,7 @@ def _check_rows(rows: Mapping[str, Mapping[str, Any]], findings: _Findings) -> N
     findings.add("incomplete_document", [next(iter(documents[path].values()))["source"] for path, version in current.items() if version is None], "repair, then ingest")
     doubled = [path for path, version in current.items() if version and any(row["fingerprint"] != version for row in documents[path].values())]
     findings.add("doubled_document", [next(iter(documents[path].values()))["source"] for path in doubled])
+    return {str(row["path"]): row for row in rows.values() if row.keys() >= _ROW and row["fingerprint"] == current[str(row["path"])]}
 
 
 def _check_vectors(store: _Store, manifest: _Manifest, embeddings: Embeddings, ids: Sequence[str], findings: _Findings, sample: int) -> int:
@@ -546,17 +548,15 @@ def _not_found(store: _Store, vectors: Mapping[str, Any]) -> list[str]:
             if chunk_id not in ids and not (len(ids) == 10 and distances[-1] < 1e-4)]
 
 
-def _check_sources(rows: Mapping[str, Mapping[str, Any]], findings: _Findings) -> None:
+def _check_sources(documents: Mapping[str, Mapping[str, Any]], findings: _Findings) -> None:
     "Compare each document with its file."
     missing, changed = [], []
-    for row in rows.values():
-        if row.get("index") == 0:
-            path = Path(str(row["path"]))
-            try:
-                if _fingerprint(path.read_bytes()) != row["fingerprint"]:
-                    changed.append(row["source"])
-            except OSError:
-                missing.append(row["source"])
+    for path, row in documents.items():
+        try:
+            if _fingerprint(Path(path).read_bytes()) != row["fingerprint"]:
+                changed.append(row["source"])
+        except OSError:
+            missing.append(row["source"])
     findings.add("missing_file", missing, "ingest")
     findings.add("changed_file", changed, "ingest")
 

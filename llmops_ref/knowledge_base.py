@@ -816,7 +816,7 @@ class _Writer:
             new.rows.modify(configuration={"hnsw": {"sync_threshold": _NEVER}})
         if new.rows.count() != count:
             raise IndexDamagedError("A copy of the index came out incomplete.", "Check the disk, then run ingest again.")
-        return number, _vector_files(folder)
+        return number, _vector_files(folder) if count > 1 else {}    # Chroma keeps a single row in its log only
 
     def _sweep(self, keep: set[int]) -> None:
         "Delete the generations that are not in `keep` and not beside the current one."
