@@ -84,6 +84,10 @@ class OperationReport:
         "The report as plain types, for JSON."
         return {**asdict(self), "notes": list(self.notes)}
 
+    def __str__(self) -> str:
+        counts = f"{self.documents} documents, {self.chunks} chunks, {self.embedded} embedded"
+        return "\n".join([f"{self.operation}: {counts}; generation {self.generation} by {self.model}; {self.seconds:.1f} s", *(f"  {note}" for note in self.notes)])
+
     def _repr_markdown_(self) -> str:
         names = ("operation", "documents", "chunks", "embedded", "generation")
         table = f"| {' | '.join(names)} | model |\n|---|--:|--:|--:|--:|---|\n"
@@ -122,16 +126,19 @@ class _VectorLog:
 
     def add(self, ids: Sequence[str], texts: Sequence[str]) -> int:
         "Embed those that are not there yet; return how many."
-        missing = [number for number, chunk_id in enumerate(ids) if chunk_id not in self.places]
+        missing = {chunk_id: text for chunk_id, text in zip(ids, texts, strict=True) if chunk_id not in self.places}
         if missing:
-            vectors = _vectors(self.embeddings, [texts[number] for number in missing])
-            with (self.folder / "vectors").open("ab") as file:
-                file.write(vectors.tobytes())
-            with (self.folder / "ids").open("a", encoding="ascii") as file:
-                file.write("".join(f"{ids[number]}\n" for number in missing))
-            self.places.update({ids[number]: len(self.places) + offset for offset, number in enumerate(missing)})
-            self.embedded += len(missing)
+            self.put(list(missing), _vectors(self.embeddings, list(missing.values())))
+        self.embedded += len(missing)
         return len(missing)
+
+    def put(self, ids: Sequence[str], vectors: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        "Append vectors; an id is written after its vector."
+        with (self.folder / "vectors").open("ab") as file:
+            file.write(vectors.tobytes())
+        with (self.folder / "ids").open("a", encoding="ascii") as file:
+            file.write("".join(f"{chunk_id}\n" for chunk_id in ids))
+        self.places.update({chunk_id: len(self.places) + offset for offset, chunk_id in enumerate(ids)})
 
     def take(self, ids: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         "The vectors of `ids`, read from the file."
@@ -157,6 +164,7 @@ def reembed(
     began = time.perf_counter()
     with _locked(base, "reembed.lock"):
         log = _VectorLog(base.path / _GREEN, embeddings)
+        _take_over(base, log)
         while not _embed_rows(base._ask(lambda store: store), log, progress):
             pass    # ingests have replaced the generation that we read: go on with the next one
         with base._writing() as writer:
@@ -164,6 +172,20 @@ def reembed(
         shutil.rmtree(log.folder)
     notes = () if switch else ("The new generation waits beside the current one: switch to it, or discard it.",)
     return _report(base, "reembed", began, len(base._ask(lambda store: store.metadata({"index": 0}))), chunks, log.embedded, *notes)
+
+
+def _take_over(base: KnowledgeBase, log: _VectorLog) -> None:
+    "Where the generation beside the current one is by the same model, take its vectors: only what has changed is embedded."
+    beside = _Manifest.read(base.path).beside
+    if log.places or beside is None or not np.array_equal(np.round(log.probe, 6), np.asarray(beside["probe"], dtype=np.float32)):
+        return
+    if _whole(folder := base._folder(beside["generation"]), beside["files"]):
+        store = _Store(folder)
+        ids = list(store.metadata())
+        for low in range(0, len(ids), _PAGE):
+            vectors, _ = _read_vectors(store, ids[low:low + _PAGE])
+            whole = {chunk_id: vector for chunk_id, vector in vectors.items() if len(vector) == len(log.probe)}
+            log.put(list(whole), np.asarray(list(whole.values()), dtype=np.float32))
 
 
 def _embed_rows(store: _Store, log: _VectorLog, progress: bool) -> bool:
@@ -328,11 +350,20 @@ class IndexStats:
         "The figures as plain types, for JSON."
         return asdict(self)
 
-    def _repr_markdown_(self) -> str:
+    def _shown(self) -> dict[str, str]:
+        "Names and values as a person reads them."
         def shown(value: Any) -> str:
-            return ", ".join(f"{name} {count:,}" for name, count in value.items()) if isinstance(value, Mapping) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            if isinstance(value, Mapping):
+                return ", ".join(f"{name} {count:,}" for name, count in value.items())
+            return f"{value:,}" if type(value) is int else "none" if value is None else str(value)
 
-        return "| index | |\n|---|--:|\n" + "\n".join(f"| {name.replace('_', ' ')} | {shown(value)} |" for name, value in self.to_dict().items())
+        return {name.replace("_", " "): shown(value) for name, value in self.to_dict().items()}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:18s}{value}" for name, value in self._shown().items())
+
+    def _repr_markdown_(self) -> str:
+        return "| index | |\n|---|--:|\n" + "\n".join(f"| {name} | {value} |" for name, value in self._shown().items())
 
 
 def index_stats(
@@ -413,9 +444,14 @@ class CheckReport:
         "The report as plain types, for JSON."
         return {"ok": self.ok, **asdict(self), "findings": [asdict(finding) for finding in self.findings]}
 
-    def _repr_markdown_(self) -> str:
+    def __str__(self) -> str:
         if self.ok:
             return f"Nothing is wrong: {self.documents:,} documents, {self.chunks:,} chunks, {self.searched:,} of them looked up."
+        return "\n".join(f"{item.name}: {item.count}, such as {item.example}; remedy: {item.remedy}" for item in self.findings)
+
+    def _repr_markdown_(self) -> str:
+        if self.ok:
+            return str(self)
         rows = "".join(f"\n| {item.name} | {item.count} | {item.example} | {item.remedy} |" for item in self.findings)
         return f"| finding | count | such as | remedy |\n|---|--:|---|---|{rows}"
 
@@ -718,6 +754,11 @@ def _open_export(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     if not whole or largest > _MOST_BYTES:
         raise IndexFileError(f"{name!r} does not have the columns, the number of rows or the group size of an exported index.", "Export it again with this version.")
     return file, about
+
+
+def _exported_model(path: str | os.PathLike[str]) -> Embeddings | None:
+    "The embedded model that an exported file names; None where another model made its vectors."
+    return next(iter(_recorded_model(_open_export(path)[1]["model"])), None)
 
 
 def _imported(file: Any, about: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
