@@ -100,6 +100,7 @@ _COMPACT_AFTER = 1000                         # changes that a reader may have t
 _PAGE = 1000                                  # rows a read or write
 _GROUP = 1024                                 # chunks to embed in one go: the model batches texts of equal length
 _COLLECTION = "passages"
+_ROW = {"path", "source", "fingerprint", "chunks", "written", "index", "start", "end"}    # what each row must hold
 _PROBE = "The early bird catches the worm, and the second mouse gets the cheese."
 
 
@@ -113,6 +114,7 @@ class _Manifest:
     dimensions: int
     probe: tuple[float, ...]        # the embedding of one fixed sentence
     files: Mapping[str, Any] = field(default_factory=dict)    # the vector index's files: name to size and checksum
+    beside: Mapping[str, Any] | None = None                   # the generation one can switch or roll back to: its own such values, and its role
     format: int = _FORMAT
 
     @classmethod
@@ -170,17 +172,34 @@ def _vectors(embeddings: Embeddings, texts: Sequence[str]) -> np.ndarray[Any, np
     return vectors
 
 
-def _check_model(manifest: _Manifest, embeddings: Embeddings) -> None:
-    "Compare the probe sentence's vector with the one stored at creation."
-    probe = _vectors(embeddings, [_PROBE])[0]
-    stored = np.asarray(manifest.probe, dtype=np.float32)
-    same = len(probe) == manifest.dimensions
-    if not same or float(probe @ stored) < 0.99 * float(np.linalg.norm(probe) * np.linalg.norm(stored)):
-        raise IndexMismatchError(
-            f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
-            f"not by {_model_name(embeddings)!r} ({len(probe)} dimensions).",
-            "Open it with that model, or ingest the documents into a new folder.",
-        )
+def _indexed(text: str, row: Mapping[str, Any]) -> str:
+    "What is embedded of a chunk: the line on its context, where it has one, and its text."
+    return f"{row['context']}\n{text}" if row.get("context") else text
+
+
+def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
+    "Cosine of the probe sentence's vector to the one stored at creation; -1 where the dimensions differ."
+    probe, stored = _vectors(embeddings, [_PROBE])[0], np.asarray(manifest.probe, dtype=np.float32)
+    return float(probe @ stored) / float(np.linalg.norm(probe) * np.linalg.norm(stored)) if len(probe) == len(stored) else -1.0
+
+
+def _choose_model(manifest: _Manifest, models: Sequence[Embeddings]) -> Embeddings:
+    "Of `models` the one that made the vectors, by its probe. Raises `IndexMismatchError`."
+    likeness = [_likeness(manifest, model) for model in models]
+    if max(likeness) >= 0.99:
+        return models[likeness.index(max(likeness))]
+    raise IndexMismatchError(
+        f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
+        f"not by {' or '.join(repr(_model_name(model)) for model in models)}.",
+        "Open it with that model (where it may switch between two, name the other in also=[...]), or ingest the documents into a new folder.",
+    )
+
+
+def _recorded_model(name: str) -> list[Embeddings]:
+    "The embedded model in the precision that a recorded name says; empty for names of another kind."
+    from llmops_ref.embeddings import MODEL_NAME, OnnxEmbeddings
+
+    return [OnnxEmbeddings(precision=precision) for precision in ("float32", "int8") if name.startswith(f"{MODEL_NAME}/{precision}/")]
 
 # %% ../nbs/knowledge_base.ipynb #c25efbc8
 def _import_chroma() -> ModuleType:
@@ -200,8 +219,18 @@ def _import_chroma() -> ModuleType:
             del sys.modules["rfc3987_syntax"]
 
 
+class _ModelFailure(Exception):
+    "The embedding model failed while a question was answered; that is no fault of the index."
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Store:
-    "One generation: a Chroma collection in a folder of its own, seen by one client of its own."
+    "One generation: a Chroma collection in a folder of its own, seen by one client of its own, with the model of its vectors."
+
+    embeddings: Embeddings
 
     def __init__(self, folder: Path, persist_at: int = _NEVER) -> None:
         chromadb = _import_chroma()
@@ -217,6 +246,13 @@ class _Store:
             hnsw = {"space": "cosine", "ef_construction": 200, "max_neighbors": 32, "sync_threshold": persist_at}
             self.rows = client.get_or_create_collection(_COLLECTION, embedding_function=None, configuration={"hnsw": hnsw})
         self.errors: tuple[type[BaseException], ...] = (chromadb.errors.ChromaError,)
+
+    def embed_query(self, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        "Embed a question by the model that made this generation's vectors, and by no other."
+        try:
+            return np.asarray(self.embeddings.embed_query(text), dtype=np.float32)
+        except Exception as error:
+            raise _ModelFailure(error) from error
 
     def metadata(self, where: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
         "Chunk id to metadata, of all rows or of those that match."
@@ -316,13 +352,18 @@ class _Reading:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _fingerprint(data: bytes) -> str:
+    "Names a file's content and the version of the code that reads it."
+    return hashlib.sha256(_READING.encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
+
+
 def _read_file(file: _File, known: Mapping[str, Mapping[str, Any]]) -> _Reading:
     "Read and split a file, or only hash it where the index has its content already."
     try:
         if not stat.S_ISREG(file.path.stat().st_mode):
             return _Reading(file, reason="The path is not a regular file.")
         data = file.path.read_bytes()
-        fingerprint = hashlib.sha256(_READING.encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
+        fingerprint = _fingerprint(data)
         if known.get(str(file.path), {}).get("fingerprint") == fingerprint:
             return _Reading(file, len(data), fingerprint)
         document = read_document(file.path, data)
@@ -365,14 +406,17 @@ def _read_ahead(function: Callable[[_File], _Reading], files: Iterable[_File]) -
 class KnowledgeBase:
     "A folder on disk that holds passages, their vectors and where they came from; open it with `KnowledgeBase.open`."
 
-    def __init__(self, path: Path, embeddings: Embeddings, lock_timeout: float) -> None:
+    def __init__(self, path: Path, models: Sequence[Embeddings], lock_timeout: float, loads: bool = False) -> None:
         self.path = path
-        self.embeddings = embeddings
+        self._models, self._loads = list(models), loads    # with `loads`, an embedded model is loaded by its recorded name
+        self.embeddings = self._models[0]    # the one of the current generation
         self.lock_timeout = lock_timeout
         self._guard = threading.RLock()
         self._store: _Store | None = None
         self._seen: tuple[int, int] | None = None
+        self._matched: tuple[float, ...] | None = None
         self._manifest = _Manifest.read(path)
+        self._match_model(self._manifest)
 
     @classmethod
     def open(
@@ -380,6 +424,7 @@ class KnowledgeBase:
         path: str | os.PathLike[str],               # the index folder; made when missing
         embeddings: Embeddings | None = None,       # None: `llmops_ref.models.load_embeddings()`
         *,
+        also: Sequence[Embeddings] = (),            # further models that the index may switch to while it is open
         lock_timeout: float = 30.0,                 # seconds to wait for another writer
     ) -> KnowledgeBase:
         "Open or create an index. Raises `IndexFormatError`, `IndexMismatchError`."
@@ -390,15 +435,14 @@ class KnowledgeBase:
         if others and not (folder / _MANIFEST).exists():
             raise IndexFormatError(f"The folder {folder.name!r} holds other files and no index.", "Name a new or empty folder.")
         _import_chroma()    # here, so that the first search or ingest does not pay for it
+        found = [] if embeddings is None else [embeddings]
         if embeddings is None:
             from llmops_ref.models import load_embeddings
 
-            embeddings = load_embeddings()
-        if others:
-            _check_model(_Manifest.read(folder), embeddings)
-        else:
-            _create(folder, embeddings, lock_timeout)
-        return cls(folder, embeddings, lock_timeout)
+            found = (_recorded_model(_Manifest.read(folder).model) if others else []) or [load_embeddings()]
+        if not others:
+            _create(folder, found[0], lock_timeout)
+        return cls(folder, [*found, *also], lock_timeout, loads=embeddings is None)
 
     @property
     def embedding_model(self) -> str:
@@ -420,8 +464,7 @@ class KnowledgeBase:
         text = check_question(question)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= 1000:
             raise BadInputError(f"k is {k!r}.", "Ask for 1 to 1000 passages.")
-        vector = np.asarray(self.embeddings.embed_query(text), dtype=np.float32)
-        return self._ask(lambda store: self._nearest(store, vector, k))
+        return self._ask(lambda store: self._nearest(store, store.embed_query(text), k))
 
     def ingest(
         self,
@@ -467,11 +510,13 @@ class KnowledgeBase:
         "Read the manifest again and open its generation with a client of its own."
         with self._guard:
             self._seen = self._stamp()
-            self._manifest = _Manifest.read(self.path)
+            manifest = _Manifest.read(self.path)
+            self._match_model(manifest)
+            self._manifest = manifest
             if not self._intact(self._folder(self._manifest.generation)):
                 raise IndexDamagedError("The index's vector files are damaged or missing.", "Run ingest again: it rebuilds them.")
             try:
-                self._store = _Store(self._folder(self._manifest.generation))
+                self._store = self._opened(self._manifest.generation)
             except LlmopsRefError:
                 raise
             except Exception as error:
@@ -490,7 +535,7 @@ class KnowledgeBase:
                 raise
             (self.path / _MARKER).touch()
             _remove_vectors(folder)
-            self._store = _Store(folder)
+            self._store = self._opened(self._manifest.generation)
 
     def _intact(self, folder: Path) -> bool:
         "Whether the vector files are those that the manifest names."
@@ -509,6 +554,19 @@ class KnowledgeBase:
     def _folder(self, generation: int) -> Path:
         return self.path / f"generation-{generation:06d}"
 
+    def _opened(self, generation: int) -> _Store:
+        "A generation with the model of its vectors."
+        store = _Store(self._folder(generation))
+        store.embeddings = self.embeddings
+        return store
+
+    def _match_model(self, manifest: _Manifest) -> None:
+        "Choose the model that made the vectors, where the manifest names another than we use."
+        if self._matched != manifest.probe:
+            if self._loads and manifest.model not in map(_model_name, self._models):
+                self._models += _recorded_model(manifest.model)
+            self.embeddings, self._matched = _choose_model(manifest, self._models), manifest.probe
+
     def _ask(self, action: Callable[[_Store], _Result]) -> _Result:
         "Run a read on the current generation; if another process has changed it meanwhile, look again."
         store = self._store
@@ -517,6 +575,8 @@ class KnowledgeBase:
                 if attempt or store is None or self._seen != self._stamp():
                     store = self._reopen()
                 return action(store)
+            except _ModelFailure as failure:
+                raise failure.error from None
             except LlmopsRefError as error:
                 if attempt == 2 or not isinstance(error, IndexDamagedError) or self._seen == self._stamp():
                     raise    # unless another process has replaced the index while we opened it
@@ -710,7 +770,7 @@ class _Writer:
     def _repair(self) -> None:
         "After an interrupted write: keep each document's newest complete version, in a new generation."
         self._marker.touch()
-        rows = self._store.metadata()
+        rows = {chunk_id: row for chunk_id, row in self._store.metadata().items() if row.keys() >= _ROW}
         documents: dict[str, dict[str, dict[str, Any]]] = {}
         for chunk_id, row in rows.items():
             documents.setdefault(str(row["path"]), {})[chunk_id] = row
@@ -719,32 +779,47 @@ class _Writer:
 
     def _settle(self, ids: set[str]) -> None:
         "Copy `ids` into a new generation whose vectors lie in files, and make it the current one in one step."
-        old, manifest, order = self._store, self.base._manifest, sorted(ids)
-        folder = self.base._folder(manifest.generation + 1)
-        shutil.rmtree(folder, ignore_errors=True)
-        new = _Store(folder, persist_at=max(2, len(order)))
-        for low in range(0, len(order), _PAGE):
-            self._copy(old, new, order[low:low + _PAGE])
-        if order:
-            new.rows.modify(configuration={"hnsw": {"sync_threshold": _NEVER}})
-        if new.rows.count() != len(order):
-            raise IndexDamagedError("A copy of the index came out incomplete.", "Check the disk, then run ingest again.")
-        self.base._publish(replace(manifest, generation=manifest.generation + 1, changes=0, files=_vector_files(folder)))
+        manifest, order, old = self.base._manifest, sorted(ids), self._store
+        number, files = self._build((self._copied(old, order[low:low + _PAGE]) for low in range(0, len(order), _PAGE)), len(order))
+        waiting = manifest.beside if manifest.beside and manifest.beside["role"] == "ready" else None
+        self.base._publish(replace(manifest, generation=number, changes=0, files=files, beside=waiting))
         self._changes = 0
-        for other in self.base.path.glob("generation-*"):    # the previous one stays for readers that are opening it
-            if other.name < self.base._folder(manifest.generation).name:
+        self._sweep({number, manifest.generation})    # the previous one stays for readers that are opening it
+
+    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], count: int) -> tuple[int, dict[str, list[int]]]:
+        "Write `count` rows (ids, vectors, texts, metadata) into a new generation; return its number and its vector files."
+        manifest = self.base._manifest
+        number = 1 + max(manifest.generation, manifest.beside["generation"] if manifest.beside else 0)
+        folder = self.base._folder(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        new = _Store(folder, persist_at=max(2, count))
+        for page in pages:
+            new.add(*page)
+        if count:
+            new.rows.modify(configuration={"hnsw": {"sync_threshold": _NEVER}})
+        if new.rows.count() != count:
+            raise IndexDamagedError("A copy of the index came out incomplete.", "Check the disk, then run ingest again.")
+        return number, _vector_files(folder)
+
+    def _sweep(self, keep: set[int]) -> None:
+        "Delete the generations that are not in `keep` and not beside the current one."
+        beside = self.base._manifest.beside
+        names = {self.base._folder(number).name for number in {*keep, *([beside["generation"]] if beside else [])}}
+        for other in self.base.path.glob("generation-*"):
+            if other.name not in names:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _copy(self, old: _Store, new: _Store, ids: Sequence[str]) -> None:
-        "Copy rows with their vectors, or embed their texts again where the vectors cannot be read."
+    def _copied(self, old: _Store, ids: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+        "Rows with their vectors, or with their texts embedded again where the vectors cannot be read."
         page = _patiently(lambda: old.rows.get(ids=list(ids), include=["documents", "metadatas"]))
         try:
             found = _patiently(lambda: old.rows.get(ids=list(page["ids"]), include=["embeddings"]))
             place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
             vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
-        except Exception:    # whatever is wrong with the vector files, the texts are in the database
-            vectors = _vectors(self.base.embeddings, page["documents"])
-        new.add(page["ids"], vectors, page["documents"], page["metadatas"])
+            assert vectors.shape[1] == self.base._manifest.dimensions and np.isfinite(vectors).all() and vectors.any(axis=1).all()
+        except Exception:    # whatever is wrong with the vectors, the texts are in the database
+            vectors = _vectors(self.base.embeddings, list(map(_indexed, page["documents"], page["metadatas"])))
+        return page["ids"], vectors, page["documents"], page["metadatas"]
 
 
 def _searchable(store: _Store) -> bool:
