@@ -707,6 +707,15 @@ class _Draft:
                 found.setdefault(str(self._documents[row["document"]]["readers"]), []).append(row["id"].decode())
         return found
 
+    def vectors(self) -> Callable[[Sequence[str]], Any]:
+        "A function from chunk ids to their vectors, which a graph would first have to be built to give."
+        for file in self._files.values():
+            file.flush()
+        _, vectors = _mapped(self.folder, {"slots": self._slots, "dimensions": self._dimensions})
+        rows = np.concatenate([np.zeros(0, dtype=_ROW), *self._rows])
+        slots = dict(zip(rows["id"].tolist(), rows["slot"].tolist(), strict=True))
+        return lambda ids: vectors[[slots[chunk_id.encode()] for chunk_id in ids]]
+
     def save(self) -> _Snapshot:
         "Publish: the lexical index first, then the table that names it, which is replaced in one step."
         rows = np.concatenate([np.zeros(0, dtype=_ROW), *self._rows])
@@ -738,9 +747,11 @@ class _Draft:
             file.close()
 
 
-def _copied(store: _Store, ids: Sequence[str], dimensions: int) -> tuple[Any, Any, Any, Any]:
+def _copied(store: _Store, ids: Sequence[str], dimensions: int, vectors_of: Callable[[Sequence[str]], Any] | None = None) -> tuple[Any, Any, Any, Any]:
     "Rows (ids, vectors, texts, metadata), with their texts embedded again where the vectors cannot be read."
     page = store.get(ids, ["documents", "metadatas"])
+    if vectors_of is not None:
+        return page["ids"], vectors_of(page["ids"]), page["documents"], page["metadatas"]
     try:
         found = store.get(page["ids"], ["embeddings"])
         place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
@@ -1260,7 +1271,7 @@ class _Writer:
         manifest, changes = self.base._manifest, self.base._manifest.changes + self._changes
         if changes >= max(_COMPACT_AFTER, len(self._store.snapshot) // 20):
             gone = {chunk_id for ids in self._stale.values() for chunk_id in ids}
-            self._settle({chunk_id for chunk_id in self._store.metadata() if chunk_id not in gone})
+            self._settle({chunk_id for chunk_id in self._store.metadata() if chunk_id not in gone}, self._draft.vectors())
         else:
             self.base._publish(replace(manifest, changes=changes), self._draft.save())
             for label, ids in self._stale.items():
@@ -1279,13 +1290,13 @@ class _Writer:
         self._marker.touch()
         self._settle(set(_current_rows(self._store.metadata())))
 
-    def _settle(self, ids: set[str]) -> None:
+    def _settle(self, ids: set[str], vectors_of: Callable[[Sequence[str]], Any] | None = None) -> None:
         "Copy `ids` into a new generation whose vectors lie in files, and make it the current one in one step."
         manifest, old = self.base._manifest, self._store
         rows = {chunk_id: row for chunk_id, row in old.metadata().items() if chunk_id in ids}
         order = _current_rows(rows)
         sizes = Counter(str(rows[chunk_id]["readers"]) for chunk_id in order)
-        number, files = self._build((_copied(old, order[low:low + _PAGE], manifest.dimensions) for low in range(0, len(order), _PAGE)), sizes)
+        number, files = self._build((_copied(old, order[low:low + _PAGE], manifest.dimensions, vectors_of) for low in range(0, len(order), _PAGE)), sizes)
         waiting = manifest.beside if manifest.beside and manifest.beside["role"] == "ready" else None
         self.base._publish(replace(manifest, generation=number, changes=0, files=files, beside=waiting))
         self._changes = 0
