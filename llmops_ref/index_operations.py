@@ -26,24 +26,31 @@ from filelock import FileLock, Timeout
 
 from .core import BadInputError, LlmopsRefError, atomic_path, require
 from llmops_ref.knowledge_base import (
+    _FIELDS,
     _LOCK,
+    _MANIFEST,
     _MARKER,
     _PAGE,
     _PROBE,
-    _ROW,
+    _ROWS,
     EmptyIndexError,
     IndexDamagedError,
     IndexLockedError,
     KnowledgeBase,
     _choose_model,
+    _copied,
+    _current_rows,
     _current_version,
     _fingerprint,
     _indexed,
+    _label,
+    _load_lexical,
     _Manifest,
     _model_name,
     _patiently,
     _recorded_model,
     _searchable,
+    _Snapshot,
     _Store,
     _vector_files,
     _vectors,
@@ -147,6 +154,7 @@ class _VectorLog:
 
 # %% ../nbs/index_operations.ipynb #27f85213
 _GREEN = "green"    # the folder of vectors in the making
+_BATCH = 256        # chunks that a kill may cost
 
 
 def reembed(
@@ -165,13 +173,12 @@ def reembed(
     with _locked(base, "reembed.lock"):
         log = _VectorLog(base.path / _GREEN, embeddings)
         _take_over(base, log)
-        while not _embed_rows(base._ask(lambda store: store), log, progress):
-            pass    # ingests have replaced the generation that we read: go on with the next one
+        _embed_rows(base._ask(lambda store: store.snapshot), log, progress)
         with base._writing() as writer:
             chunks = _build_green(base, writer, log, switch)
         shutil.rmtree(log.folder)
     notes = () if switch else ("The new generation waits beside the current one: switch to it, or discard it.",)
-    return _report(base, "reembed", began, len(base._ask(lambda store: store.metadata({"index": 0}))), chunks, log.embedded, *notes)
+    return _report(base, "reembed", began, base._ask(lambda store: len(store.snapshot.documents)), chunks, log.embedded, *notes)
 
 
 def _take_over(base: KnowledgeBase, log: _VectorLog) -> None:
@@ -179,38 +186,25 @@ def _take_over(base: KnowledgeBase, log: _VectorLog) -> None:
     beside = _Manifest.read(base.path).beside
     if log.places or beside is None or not np.array_equal(np.round(log.probe, 6), np.asarray(beside["probe"], dtype=np.float32)):
         return
-    if _whole(folder := base._folder(beside["generation"]), beside["files"]):
-        store = _Store(folder)
-        ids = list(store.metadata())
-        for low in range(0, len(ids), _PAGE):
-            vectors, _ = _read_vectors(store, ids[low:low + _PAGE])
-            whole = {chunk_id: vector for chunk_id, vector in vectors.items() if len(vector) == len(log.probe)}
-            log.put(list(whole), np.asarray(list(whole.values()), dtype=np.float32))
+    with contextlib.suppress(Exception):    # damaged: then everything is embedded
+        snapshot = _Snapshot.load(base._folder(beside["generation"]) / _ROWS)
+        for low in range(0, len(snapshot), _PAGE):
+            rows = snapshot.rows[low:low + _PAGE]
+            log.put([chunk_id.decode() for chunk_id in rows["id"]], np.asarray(snapshot.vectors[rows["slot"]]))
 
 
-def _embed_rows(store: _Store, log: _VectorLog, progress: bool) -> bool:
-    "Embed all rows, a page at a time; False where the generation was deleted meanwhile."
+def _embed_rows(snapshot: _Snapshot, log: _VectorLog, progress: bool) -> None:
+    "Embed what readers see at this moment; the snapshot stays readable whatever ingests do meanwhile."
     from tqdm import tqdm
 
-    total = _patiently(store.rows.count)
-    if not total:
+    if not len(snapshot):
         raise EmptyIndexError("The index is empty.", "Ingest documents first: llmops-ref ingest PATH")
-    with tqdm(total=total, desc="re-embed", unit="chunk", delay=2, disable=not progress) as bar:
-        try:
-            for ids, texts, rows in _pages(store, 256):
-                log.add(ids, list(map(_indexed, texts, rows)))
-                bar.update(len(ids))
-        except Exception:
-            if not store.gone():
-                raise
-    return not store.gone()
-
-
-def _pages(store: _Store, size: int = _PAGE) -> Iterator[tuple[list[str], list[str], list[dict[str, Any]]]]:
-    "Ids, texts and metadata of all rows, `size` at a time."
-    for low in range(0, _patiently(store.rows.count), size):
-        page = _patiently(lambda low=low: store.rows.get(limit=size, offset=low, include=["documents", "metadatas"]))  # type: ignore[misc]
-        yield page["ids"], page["documents"], page["metadatas"]
+    with tqdm(total=len(snapshot), desc="re-embed", unit="chunk", delay=2, disable=not progress) as bar:
+        for low in range(0, len(snapshot), _BATCH):
+            ids = [chunk_id.decode() for chunk_id in snapshot.rows["id"][low:low + _BATCH]]
+            records = [snapshot.record(row) for row in range(low, low + len(ids))]
+            log.add(ids, [_indexed(record["text"], record) for record in records])
+            bar.update(len(ids))
 
 
 @contextlib.contextmanager
@@ -226,20 +220,26 @@ def _locked(base: KnowledgeBase, name: str = _LOCK) -> Iterator[None]:
 def _build_green(base: KnowledgeBase, writer: _Writer, log: _VectorLog, switch: bool) -> int:
     "Under the writer's lock: build the new generation and publish it, as the current one or beside it."
     old, blue = writer._store, base._manifest
-    ids = sorted(old.metadata())
+    rows = old.metadata()
+    ids = _current_rows(rows)
 
     def pages() -> Iterator[tuple[Any, Any, Any, Any]]:
         for low in range(0, len(ids), _PAGE):
-            page = _patiently(lambda low=low: old.rows.get(ids=ids[low:low + _PAGE], include=["documents", "metadatas"]))  # type: ignore[misc]
+            page = old.get(ids[low:low + _PAGE], ["documents", "metadatas"])
             log.add(page["ids"], list(map(_indexed, page["documents"], page["metadatas"])))
             yield page["ids"], log.take(page["ids"]), page["documents"], page["metadatas"]
 
-    number, files = writer._build(pages(), len(ids))
+    number, files = writer._build(pages(), _sizes(rows[chunk_id] for chunk_id in ids), len(log.probe))
     probe = tuple(round(float(value), 6) for value in log.probe)
     green = _Manifest(number, 0, _model_name(log.embeddings), len(probe), probe, files)
     base._models.append(log.embeddings)
     _exchange(base, writer, green if switch else blue, blue if switch else green, "previous" if switch else "ready")
     return len(ids)
+
+
+def _sizes(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    "How many rows each label has."
+    return Counter(str(row["readers"]) for row in rows)
 
 
 def _exchange(base: KnowledgeBase, writer: _Writer, current: _Manifest, beside: _Manifest, role: str) -> None:
@@ -286,7 +286,7 @@ def _swap(base: KnowledgeBase, operation: str, role: str, embeddings: Embeddings
                               "Embed again: reembed(...); or switch with stale=True (--stale) and ingest again afterwards.")
         _exchange(base, writer, new, old, "previous" if role == "ready" else "ready")
     notes = (f"{len(changed)} documents are as they were then: ingest again.",) if changed else ()
-    return _report(base, operation, began, len(base._ask(lambda store: store.metadata({"index": 0}))), len(base), 0, *notes)
+    return _report(base, operation, began, base._ask(lambda store: len(store.snapshot.documents)), len(base), 0, *notes)
 
 
 def _whole(folder: Path, files: Mapping[str, Any]) -> bool:
@@ -337,11 +337,11 @@ class IndexStats:
     model: str
     dimensions: int
     generation: int
-    changed: str                      # when a document was last written, ISO 8601 in UTC; empty where none was
+    changed: str                      # when the index last changed, ISO 8601 in UTC
     age_seconds: float                # since then
     replayed: int                     # rows that a reader must read from the log when it opens the index
     unfinished: bool                  # a write is under way, or was killed
-    bytes_by_part: Mapping[str, int]      # vectors, texts, lexical, other generations, re-embedding, total
+    bytes_by_part: Mapping[str, int]      # database, texts, vectors, lexical, other generations, re-embedding, total
     chunks_by_format: Mapping[str, int]   # file suffix to chunks
     chunks_by_access: Mapping[str, int]   # group to chunks; one that names several groups counts in each
     beside: str | None                # the generation that waits or was kept: role, number and model
@@ -369,37 +369,37 @@ class IndexStats:
 def index_stats(
     base: KnowledgeBase,
 ) -> IndexStats:
-    "Count what is in the index and on the disk; reads every row once, a page at a time."
-    totals, formats, access, texts = base._ask(_count_rows)
+    "Count what readers see of the index and what is on the disk; reads every text once."
+    snapshot, characters, distinct = base._ask(_count_texts)
     manifest, beside = base._manifest, base._manifest.beside
-    newest = totals["written"] / 1e9
+    changed = (base.path / _MANIFEST).stat().st_mtime
+    chunks = np.bincount(snapshot.rows["document"], minlength=len(snapshot.documents)).tolist()
+    formats, access = Counter[str](), Counter[str]()
+    for document, count in zip(snapshot.documents, chunks, strict=True):
+        formats[Path(document["source"]).suffix.lower() or "none"] += count
+        access.update(dict.fromkeys(json.loads(document["readers"]) or ["nobody"], count))
     return IndexStats(
-        totals["documents"], totals["chunks"], totals["characters"], round(totals["characters"] / 4), totals["chunks"] - len(texts),
+        len(snapshot.documents), len(snapshot), characters, round(characters / 4), len(snapshot) - distinct,
         manifest.model, manifest.dimensions, manifest.generation,
-        datetime.datetime.fromtimestamp(newest, datetime.UTC).isoformat(timespec="seconds") if newest else "",
-        round(max(0.0, time.time() - newest), 1) if newest else 0.0, manifest.changes, (base.path / _MARKER).exists(), _bytes_by_part(base),
-        dict(sorted(formats.items())), dict(sorted(access.items())),
+        datetime.datetime.fromtimestamp(changed, datetime.UTC).isoformat(timespec="seconds"), round(max(0.0, time.time() - changed), 1),
+        manifest.changes, (base.path / _MARKER).exists(), _bytes_by_part(base), dict(sorted(formats.items())), dict(sorted(access.items())),
         f"{beside['role']}: generation {beside['generation']} by {beside['model']}" if beside else None,
     )
 
 
-def _count_rows(store: _Store) -> tuple[Counter[str], Counter[str], Counter[str], set[bytes]]:
-    totals: Counter[str] = Counter(documents=0, chunks=0, characters=0, written=0)
-    formats: Counter[str] = Counter()
-    access: Counter[str] = Counter()
-    texts: set[bytes] = set()
-    for ids, page, rows in _pages(store):
-        totals.update(chunks=len(ids), characters=sum(map(len, page)), documents=sum(row.get("index") == 0 for row in rows))
-        totals["written"] = max([totals["written"], *(int(row.get("written", 0)) for row in rows)])
-        texts.update(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest() for text in page)
-        formats.update(Path(str(row.get("source", ""))).suffix.lower() or "none" for row in rows)
-        access.update(group for row in rows for group in row.get("meta_allowed_groups", ["everyone"]))
-    return totals, formats, access, texts
+def _count_texts(store: _Store) -> tuple[_Snapshot, int, int]:
+    "What readers see, how many characters it has, and how many different texts."
+    characters, texts = 0, set[bytes]()
+    for row in range(len(store.snapshot)):
+        text = store.snapshot.record(row)["text"]
+        characters += len(text)
+        texts.add(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest())
+    return store.snapshot, characters, len(texts)
 
 
 def _bytes_by_part(base: KnowledgeBase) -> dict[str, int]:
     current = base._folder(base._manifest.generation)
-    parts = dict.fromkeys(("texts", "vectors", "lexical", "other generations", "re-embedding", "total"), 0)
+    parts = dict.fromkeys(("database", "texts", "vectors", "lexical", "other generations", "re-embedding", "total"), 0)
     for path in base.path.rglob("*"):
         with contextlib.suppress(OSError):    # another process may be sweeping
             if not path.is_file():
@@ -407,12 +407,21 @@ def _bytes_by_part(base: KnowledgeBase) -> dict[str, int]:
             size, inside = path.stat().st_size, path.relative_to(base.path).parts
             parts["total"] += size
             if inside[0] == current.name:
-                parts["lexical" if inside[1].startswith("lexical") else "vectors" if len(inside) > 2 else "texts"] += size
+                parts[_part(inside[1:])] += size
             elif inside[0].startswith("generation-"):
                 parts["other generations"] += size
             elif inside[0] == _GREEN:
                 parts["re-embedding"] += size
     return parts
+
+
+def _part(inside: Sequence[str]) -> str:
+    "Which part of a generation a file belongs to."
+    if len(inside) == 1:
+        return "database"
+    if inside[0] != _ROWS:
+        return "vectors"
+    return "lexical" if inside[1].startswith("lexical") else "vectors" if inside[1].startswith("vectors") else "texts"
 
 # %% ../nbs/index_operations.ipynb #ade34ae6
 @dataclass(frozen=True)
@@ -481,7 +490,7 @@ def check_index(
     with _locked(base):
         manifest = _Manifest.read(base.path)
         base._match_model(manifest)
-        findings.add("unfinished_write", [_MARKER] if (base.path / _MARKER).exists() else [])
+        unfinished = findings.add("unfinished_write", [_MARKER] if (base.path / _MARKER).exists() else [])
         _check_folders(base, manifest, findings)
         folder = base._folder(manifest.generation)
         rows: dict[str, dict[str, Any]] = {}
@@ -490,10 +499,11 @@ def check_index(
             store = _Store(folder)
             rows = store.metadata()
             current = _check_rows(rows, findings)
+            _check_snapshot(folder, _current_rows(rows), findings, unfinished)
             present = _vector_files(folder) if manifest.files else {}
             changed = [name for name, value in manifest.files.items() if present.get(name) != list(value)]
             if not findings.add("damaged_files", changed):
-                searched = _check_vectors(store, manifest, base.embeddings, sorted(rows), findings, sample)
+                searched = _check_vectors(store, manifest, base.embeddings, sorted(chunk_id for chunk_id, row in rows.items() if row.keys() >= _FIELDS), findings, sample)
             if files:
                 _check_sources(current, findings)
     documents = {str(row.get("path")) for row in rows.values()}
@@ -527,16 +537,29 @@ def _database_faults(folder: Path) -> list[str]:
 # %% ../nbs/index_operations.ipynb #d39ad1df
 def _check_rows(rows: Mapping[str, Mapping[str, Any]], findings: _Findings) -> dict[str, Mapping[str, Any]]:
     "Each document must be there once, in one version, with all its chunks; return a row of each that is whole, by path."
-    findings.add("orphan_row", [chunk_id for chunk_id, row in rows.items() if not row.keys() >= _ROW])
+    findings.add("orphan_row", [chunk_id for chunk_id, row in rows.items() if not row.keys() >= _FIELDS])
     documents: dict[str, dict[str, Mapping[str, Any]]] = {}
     for chunk_id, row in rows.items():
-        if row.keys() >= _ROW:
+        if row.keys() >= _FIELDS:
             documents.setdefault(str(row["path"]), {})[chunk_id] = row
     current = {path: _current_version(found) for path, found in documents.items()}
     findings.add("incomplete_document", [next(iter(documents[path].values()))["source"] for path, version in current.items() if version is None], "repair, then ingest")
     doubled = [path for path, version in current.items() if version and any(row["fingerprint"] != version for row in documents[path].values())]
     findings.add("doubled_document", [next(iter(documents[path].values()))["source"] for path in doubled])
-    return {str(row["path"]): row for row in rows.values() if row.keys() >= _ROW and row["fingerprint"] == current[str(row["path"])]}
+    return {str(row["path"]): row for row in rows.values() if row.keys() >= _FIELDS and row["fingerprint"] == current[str(row["path"])]}
+
+
+def _check_snapshot(folder: Path, ids: Sequence[str], findings: _Findings, unfinished: bool) -> None:
+    "What readers see must be whole, must be what the rows amount to (unless a write is unfinished), and must be found by its words."
+    try:
+        snapshot = _Snapshot.load(folder / _ROWS)
+        for row in range(len(snapshot)):
+            snapshot.record(row)
+    except Exception:
+        findings.add("damaged_snapshot", [] if not ids else [_ROWS])
+        return
+    findings.add("stale_snapshot", set() if unfinished else {chunk_id.decode() for chunk_id in snapshot.rows["id"]} ^ set(ids))
+    findings.add("damaged_lexical", [str(snapshot.head["lexical"])] if len(snapshot) and _load_lexical(snapshot) is None else [])
 
 
 def _check_vectors(store: _Store, manifest: _Manifest, embeddings: Embeddings, ids: Sequence[str], findings: _Findings, sample: int) -> int:
@@ -549,9 +572,9 @@ def _check_vectors(store: _Store, manifest: _Manifest, embeddings: Embeddings, i
         missing += [chunk_id for chunk_id in ids[low:low + _PAGE] if chunk_id not in vectors]
         whole = {chunk_id: vector for chunk_id, vector in vectors.items() if len(vector) == manifest.dimensions and np.isfinite(vector).all() and vector.any()}
         broken += [chunk_id for chunk_id in vectors if chunk_id not in whole]
-        unreachable += _not_found(store, {chunk_id: vector for chunk_id, vector in whole.items() if chunk_id in chosen})
+        unreachable += _not_found(store, {chunk_id: (texts[chunk_id][0], vector) for chunk_id, vector in whole.items() if chunk_id in chosen})
         for chunk_id in whole.keys() & again:
-            expected = _vectors(embeddings, [texts[chunk_id]])[0]
+            expected = _vectors(embeddings, [texts[chunk_id][1]])[0]
             cosine = float(expected @ whole[chunk_id]) / float(np.linalg.norm(expected) * np.linalg.norm(whole[chunk_id]))
             wrong += [chunk_id] if cosine < 0.99 else []
     for name, found in (("missing_vector", missing), ("broken_vector", broken), ("unreachable_row", unreachable), ("wrong_model", wrong)):
@@ -559,29 +582,32 @@ def _check_vectors(store: _Store, manifest: _Manifest, embeddings: Embeddings, i
     return len(chosen)
 
 
-def _read_vectors(store: _Store, ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    "Vectors and indexed texts by id; where a whole page cannot be read, row by row."
+def _read_vectors(store: _Store, ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+    "Vectors, and labels with indexed texts, by id; where a whole page cannot be read, row by row."
     try:
-        page = _patiently(lambda: store.rows.get(ids=list(ids), include=["embeddings", "documents", "metadatas"]))
+        page = store.get(ids, ["embeddings", "documents", "metadatas"])
     except Exception:
         if len(ids) == 1:
             return {}, {}
         parts = [_read_vectors(store, part) for part in (ids[:len(ids) // 2], ids[len(ids) // 2:])]
         return {**parts[0][0], **parts[1][0]}, {**parts[0][1], **parts[1][1]}
     vectors = dict(zip(page["ids"], map(np.asarray, page["embeddings"]), strict=True))
-    return vectors, {chunk_id: _indexed(text or "", row) for chunk_id, text, row in zip(page["ids"], page["documents"], page["metadatas"], strict=True)}
+    texts = {chunk_id: (str(row["readers"]), _indexed(text or "", row)) for chunk_id, text, row in zip(page["ids"], page["documents"], page["metadatas"], strict=True)}
+    return vectors, texts
 
 
-def _not_found(store: _Store, vectors: Mapping[str, Any]) -> list[str]:
-    "Ids that their own vector does not find, unless ten others are just as near."
-    if not vectors:
-        return []
-    try:
-        found = _patiently(lambda: store.rows.query(query_embeddings=list(vectors.values()), n_results=10, include=["distances"]))
-    except Exception:
-        return list(vectors)
-    return [chunk_id for chunk_id, ids, distances in zip(vectors, found["ids"], found["distances"], strict=True)
-            if chunk_id not in ids and not (len(ids) == 10 and distances[-1] < 1e-4)]
+def _not_found(store: _Store, vectors: Mapping[str, tuple[str, Any]]) -> list[str]:
+    "Ids that their own vector does not find among the rows of their label, unless ten others are just as near."
+    lost = []
+    for label in {label for label, _ in vectors.values()}:
+        asked = {chunk_id: vector for chunk_id, (own, vector) in vectors.items() if own == label}
+        try:
+            found = _patiently(lambda label=label, asked=asked: store.collection(label).query(query_embeddings=list(asked.values()), n_results=10, include=["distances"]))  # type: ignore[misc]
+            lost += [chunk_id for chunk_id, ids, distances in zip(asked, found["ids"], found["distances"], strict=True)
+                     if chunk_id not in ids and not (len(ids) == 10 and distances[-1] < 1e-4)]
+        except Exception:
+            lost += list(asked)
+    return lost
 
 
 def _check_sources(documents: Mapping[str, Mapping[str, Any]], findings: _Findings) -> None:
@@ -589,7 +615,7 @@ def _check_sources(documents: Mapping[str, Mapping[str, Any]], findings: _Findin
     missing, changed = [], []
     for path, row in documents.items():
         try:
-            if _fingerprint(Path(path).read_bytes()) != row["fingerprint"]:
+            if _fingerprint(Path(path).read_bytes(), row.get("given")) != row["fingerprint"]:
                 changed.append(row["source"])
         except OSError:
             missing.append(row["source"])
@@ -673,7 +699,7 @@ def delete_documents(
             raise BadInputError(f"{min(unknown, default='Nothing')!r} is not a document of the index; nothing was deleted.", "Name documents as search results name them.")
         (base.path / _MARKER).touch()    # should we die, the next writer deletes the old generations
         base._publish(replace(base._manifest, beside=None))
-        writer._settle(set(rows) - set(doomed))
+        writer._settle(set(rows) - set(doomed), writer._draft.vectors())
         shutil.rmtree(base.path / _GREEN, ignore_errors=True)
         _forget(base, writer)
     left = [row["source"] for row in doomed.values() if row["index"] == 0 and Path(row["path"]).exists()]
@@ -682,7 +708,6 @@ def delete_documents(
 
 # %% ../nbs/index_operations.ipynb #852132bf
 _FILE_FORMAT = 1
-_GROUPS = "meta_allowed_groups"
 _COLUMNS = ("context", "source", "page", "section")    # fields of a row that have a column of their own
 _MOST_BYTES = 1 << 29                                   # of a group of rows that we would hold in memory
 
@@ -694,7 +719,7 @@ def _schema(dimensions: int) -> Any:
     return arrow.schema([
         arrow.field("id", text, nullable=False), arrow.field("text", text, nullable=False),
         *(arrow.field(name, optional.get(name, text), nullable=name != "source") for name in _COLUMNS),
-        arrow.field("metadata", text, nullable=False), arrow.field("allowed_groups", arrow.list_(text)),
+        arrow.field("metadata", text, nullable=False), arrow.field("allowed_groups", arrow.list_(text), nullable=False),
         arrow.field("vector", arrow.list_(arrow.float32(), dimensions), nullable=False),
     ])
 
@@ -715,12 +740,12 @@ def export_index(
     began, digest = time.perf_counter(), hashlib.sha256()
     with base._writing() as writer:
         manifest, store = base._manifest, writer._store
-        ids, schema = sorted(store.metadata()), _schema(manifest.dimensions)
-        documents = len(store.metadata({"index": 0}))
+        ids, schema, vectors_of = _current_rows(store.metadata()), _schema(manifest.dimensions), writer._draft.vectors()
+        documents = len(store.snapshot.documents)
         about = {"format": _FILE_FORMAT, "model": manifest.model, "probe": list(manifest.probe), "chunks": len(ids), "documents": documents}
         with atomic_path(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as file:
             for low in range(0, len(ids), _PAGE):
-                columns, vectors = _columns(writer._copied(store, ids[low:low + _PAGE]))
+                columns, vectors = _columns(_copied(store, ids[low:low + _PAGE], manifest.dimensions, vectors_of))
                 _digest_rows(digest, columns, vectors)
                 columns["vector"] = arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.reshape(-1)), manifest.dimensions)
                 file.write_table(arrow.table(columns, schema=schema))
@@ -732,11 +757,11 @@ def export_index(
 def _columns(page: tuple[Any, Any, Any, Any]) -> tuple[dict[str, Any], Any]:
     "A page of rows as columns: what has no column of its own stands in `metadata`, as JSON."
     ids, vectors, texts, rows = page
-    apart = {*_COLUMNS, _GROUPS}
+    apart = {*_COLUMNS, "readers"}
     return {
         "id": list(ids), "text": list(texts), **{name: [row.get(name) for row in rows] for name in _COLUMNS},
         "metadata": [json.dumps({name: value for name, value in row.items() if name not in apart}, sort_keys=True) for row in rows],
-        "allowed_groups": [row.get(_GROUPS) for row in rows],
+        "allowed_groups": [json.loads(row["readers"]) for row in rows],
     }, np.asarray(vectors, dtype=np.float32)
 
 # %% ../nbs/index_operations.ipynb #3c0419f7
@@ -768,14 +793,14 @@ def _imported(file: Any, about: Mapping[str, Any]) -> Iterator[tuple[Any, Any, A
         columns = {name: batch.column(name).to_pylist() for name in ("id", "text", *_COLUMNS, "metadata", "allowed_groups")}
         vectors = batch.column("vector").flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
         _digest_rows(digest, columns, vectors)
-        rows = [{**json.loads(text), _GROUPS: groups} for text, groups in zip(columns["metadata"], columns["allowed_groups"], strict=True)]
+        rows = [{**json.loads(text), "readers": _label(groups)} for text, groups in zip(columns["metadata"], columns["allowed_groups"], strict=True)]
         for number, row in enumerate(rows):
             row.update({name: columns[name][number] for name in _COLUMNS})
         rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
         ids = columns["id"]
         if len({*ids}) < len(ids) or seen & {*ids} or not all(re.fullmatch(r"[0-9a-f]{32}", chunk_id) for chunk_id in ids):
             raise IndexFileError("A chunk id is doubled or is none.", "Export the index again.")
-        if not np.isfinite(vectors).all() or not all(row.keys() >= _ROW for row in rows):
+        if not np.isfinite(vectors).all() or not all(row.keys() >= _FIELDS for row in rows):
             raise IndexFileError("A row lacks a field, or a vector has a value that is no number.", "Export the index again.")
         seen.update(ids)
         documents.update((row["path"], row["fingerprint"], row["chunks"]) for row in rows)
@@ -797,14 +822,15 @@ def import_index(
     began = time.perf_counter()
     file, about = _open_export(path)
     with _locked(base, "reembed.lock"), base._writing() as writer:
-        if writer._store.rows.count() and not replace_all:
+        if len(writer._store.snapshot) and not replace_all:
             raise BadInputError("The index is not empty.", "Import into a new folder, or pass replace_all=True (--replace).")
         _choose_model(replace(base._manifest, model=about["model"], dimensions=len(about["probe"]), probe=tuple(about["probe"])), [base.embeddings])
         try:
-            number, files = writer._build(_imported(file, about), about["chunks"])
+            sizes = Counter(_label(groups) for batch in file.iter_batches(columns=["allowed_groups"]) for groups in batch.column(0).to_pylist())
+            number, files = writer._build(_imported(file, about), sizes)
         except Exception as error:
             shutil.rmtree(base._folder(base._next_generation()), ignore_errors=True)
-            if isinstance(error, LlmopsRefError):
+            if isinstance(error, IndexFileError):
                 raise
             raise IndexFileError(f"{Path(path).name!r} cannot be read: {error}.", "Export the index again.") from error
         old = base._manifest.generation
