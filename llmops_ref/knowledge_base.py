@@ -40,8 +40,8 @@ from llmops_ref.access import (
     group_names,
     matches,
     may_read,
+    read_versions,
     set_aside,
-    version_links,
 )
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
 from .documents import SUPPORTED_SUFFIXES, Chunk, Passage, UnreadableDocumentError, read_document, split_document
@@ -533,7 +533,7 @@ class _Snapshot:
         places = {label: place for place, label in enumerate(self.labels)}
         self.label = np.array([places[str(record["readers"])] for record in documents], dtype=np.int32)    # of each document
         self.fields = [{"source": record["source"], **{f"meta_{name}": value for name, value in record["metadata"].items()}} for record in documents]
-        self.links = version_links(documents)
+        self.versions = read_versions(documents)
         self.damaged = False
         self._place, self._length, self._check = (np.ascontiguousarray(rows[name]) for name in ("place", "length", "check"))
         self.document, self._slot = (np.ascontiguousarray(rows[name]) for name in ("document", "slot"))
@@ -800,7 +800,7 @@ class _View:
         "Of each document, whether its rows may be found."
         snapshot = self._snapshot
         readable = np.isin(snapshot.label, self._labels)
-        return readable if self._today is None else readable & ~set_aside(snapshot.documents, snapshot.links, readable, self._today)
+        return readable if self._today is None else readable & ~set_aside(snapshot.versions, readable, self._today)
 
     def _rows(self, where: Mapping[str, Any] | None) -> Any:
         "Numbers of the rows that may be found, and the same as a mask."

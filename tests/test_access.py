@@ -15,8 +15,8 @@ from llmops_ref.access import (
     group_names,
     matches,
     may_read,
+    read_versions,
     set_aside,
-    version_links,
 )
 from llmops_ref.core import BadInputError
 
@@ -59,7 +59,7 @@ def documents(*records):
 
 def held(found, readable=None, today=TODAY):
     readable = np.ones(len(found), dtype=bool) if readable is None else np.array(readable)
-    aside = set_aside(found, version_links(found), readable, today)
+    aside = set_aside(read_versions(found), readable, today)
     return [record["source"] for record, replaced, seen in zip(found, aside, readable, strict=True) if seen and not replaced]
 
 

@@ -510,7 +510,7 @@ def test_a_reader_sees_one_version_of_readers_and_text_while_they_change(tmp_pat
             try:
                 texts = [passage.text for passage in base.search("version fee document", 12, groups=["even", "odd"], retrieval=FAST)]
                 versions = {text.split("version")[1].split()[0] for text in texts}
-                if len(texts) != 6 * 2 and len(texts) < 6 or len(versions) != 1:
+                if len(texts) != 12 or len(versions) != 1:
                     wrong.append((len(texts), versions))
                 for passage in base.search("version fee document", 12, groups=["even"], retrieval=FAST):
                     if int(passage.text.split("version")[1].split()[0]) % 2:
@@ -567,7 +567,7 @@ def test_no_output_shows_a_byte_of_a_document_outside_the_callers_groups(tmp_pat
         patch.setattr(module, "_EXACT", exact)
         base = KnowledgeBase.open(root / "index", HashEmbeddings(), today=lambda: datetime.date(2026, 6, 1))
         base.ingest(root / "docs", progress=False)
-        everything = base.view(ALL_GROUPS).dense(base.embeddings.embed_query("x"), 100)
+        everything = base.view(ALL_GROUPS).dense(np.array(base.embeddings.embed_query("x")), 100)
         caplog.clear()
         capfd.readouterr()
         for question, groups in asked:
