@@ -282,10 +282,10 @@ def _swap(base: KnowledgeBase, operation: str, role: str, embeddings: Embeddings
         _choose_model(new, [*base._models, *(_recorded_model(new.model) if base._loads else [])])
         changed = _changed(base, writer, new)
         if changed and not stale:
-            raise SwitchError(f"{len(changed)} documents differ between the two generations, such as {min(changed)!r}.",
+            raise SwitchError(f"Documents that differ between the two generations: {len(changed)}, such as {min(changed)!r}.",
                               "Embed again: reembed(...); or switch with stale=True (--stale) and ingest again afterwards.")
         _exchange(base, writer, new, old, "previous" if role == "ready" else "ready")
-    notes = (f"{len(changed)} documents are as they were then: ingest again.",) if changed else ()
+    notes = (f"Documents that are as they were then: {len(changed)}. Ingest again.",) if changed else ()
     return _report(base, operation, began, base._ask(lambda store: len(store.snapshot.documents)), len(base), 0, *notes)
 
 

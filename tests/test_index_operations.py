@@ -154,7 +154,7 @@ def test_a_waiting_generation_survives_a_settling_ingest_and_a_kept_one_does_not
     write_docs(folder, 2, seed=5)
     base.ingest(folder, progress=False)
     assert base._manifest.beside["role"] == "ready"
-    with pytest.raises(SwitchError, match="2 documents differ"):
+    with pytest.raises(SwitchError, match="differ between the two generations: 2"):
         switch(base)
     again = reembed(base, GREEN, progress=False)
     assert 0 < again.embedded < again.chunks / 2 and not names(base), "only what has changed is embedded"
@@ -169,10 +169,10 @@ def test_going_back_over_an_ingest_is_refused_unless_accepted(base, folder):
     (folder / "doc000.md").write_text("---\nallowed_groups: [board]\n---\nOnly the board may read this now.")
     (folder / "doc001.md").unlink()
     base.ingest(folder, progress=False)
-    with pytest.raises(SwitchError, match="2 documents differ") as caught:
+    with pytest.raises(SwitchError, match="differ between the two generations: 2") as caught:
         rollback(base)
     assert "stale" in caught.value.remedy and base.embedding_model == GREEN.model
-    assert "ingest again" in rollback(base, stale=True).notes[0]
+    assert "Ingest again" in rollback(base, stale=True).notes[0]
     assert names(base) == {"changed_file", "missing_file"}
     base.ingest(folder, progress=False)
     assert not names(base) and base.embedding_model == BLUE.model
