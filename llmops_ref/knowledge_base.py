@@ -166,7 +166,7 @@ def _checksum(path: Path, size: int | None = None) -> int:
 
 def _vector_files(folder: Path) -> dict[str, list[int]]:
     "Size and CRC-32 of the files that hold a generation's vectors; they never change once they are published."
-    files = [path for path in sorted(folder.glob("*/*")) if path.parent.name != _ROWS]
+    files = [path for path in sorted(folder.glob("*/*")) if (path.parent / "index_metadata.pickle").exists()]    # a single row stays in Chroma's log, beside files without content
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
 
 
@@ -206,10 +206,11 @@ def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
 
 
 def _choose_model(manifest: _Manifest, models: Sequence[Embeddings]) -> Embeddings:
-    "Of `models` the one that made the vectors, by its probe. Raises `IndexMismatchError`."
+    "Of `models` the one that made the vectors, by its probe: nearly the same under the same name, all but equal under another. Raises `IndexMismatchError`."
     likeness = [_likeness(manifest, model) for model in models]
-    if max(likeness) >= 0.99:
-        return models[likeness.index(max(likeness))]
+    best = models[likeness.index(max(likeness))]
+    if max(likeness) >= (0.99 if _model_name(best) == manifest.model else 0.999):
+        return best
     raise IndexMismatchError(
         f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
         f"not by {' or '.join(repr(_model_name(model)) for model in models)}.",
@@ -1312,14 +1313,13 @@ class _Writer:
         self._changes = 0
         self._sweep({number, manifest.generation})    # the previous one stays for readers that are opening it
 
-    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int]) -> tuple[int, dict[str, list[int]]]:
+    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int], dimensions: int | None = None) -> tuple[int, dict[str, list[int]]]:
         "Write rows (pages of ids, vectors, texts, metadata; `sizes`: how many of each label) into a new generation; return its number and its vector files."
         number = self.base._next_generation()
         folder = self.base._folder(number)
         shutil.rmtree(folder, ignore_errors=True)
         new = _Store(folder, persist_at=sizes)
-        dimensions = self.base._manifest.dimensions
-        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions)) as draft:
+        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions or self.base._manifest.dimensions)) as draft:
             for page in pages:
                 new.add(*page)
                 draft.append(*page)
