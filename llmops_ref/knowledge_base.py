@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -23,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IndexFormatError', 'IndexMismatchError', 'IndexLockedError', 'IndexDamagedError', 'EmptyIndexError', 'FailedFile',
-           'IngestReport', 'KnowledgeBase', 'check_question']
+           'IngestReport', 'RemoteIndex', 'VectorServer', 'KnowledgeBase', 'check_question']
 
 # %% ../nbs/knowledge_base.ipynb #dd349c58
 class IndexFormatError(BadInputError):
@@ -114,6 +115,7 @@ class _Manifest:
     dimensions: int
     probe: tuple[float, ...]        # the embedding of one fixed sentence
     files: Mapping[str, Any] = field(default_factory=dict)    # the vector index's files: name to size and checksum
+    remote: str = ""                                          # the index's name on a Chroma server; empty: the vectors lie in this folder
     beside: Mapping[str, Any] | None = None                   # the generation one can switch or roll back to: its own such values, and its role
     format: int = _FORMAT
 
@@ -219,6 +221,38 @@ def _import_chroma() -> ModuleType:
             del sys.modules["rfc3987_syntax"]
 
 
+def _local_client(folder: Path) -> Any:
+    "A Chroma client of its own on a folder."
+    shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
+    configuration = require("chromadb.config", extra="rag")
+    system = configuration.System(configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False))
+    system.start()
+    client = require("chromadb.api.client", extra="rag").Client.from_system(system)
+    # Chroma keeps one system a path and process, whose vectors in memory are then never read again.
+    shared._identifier_to_system.pop(str(folder), None)
+    return client
+
+
+class RemoteIndex(Protocol):
+    "One index's generations on a server; `llmops_ref.scaling.ChromaServer` hands them out."
+
+    def client(self, generation: str) -> Any:
+        "A Chroma client that sees the collections of one generation."
+
+    def holds(self, generation: str) -> bool:
+        "Whether the server has a collection of that generation."
+
+    def drop(self, generation: str) -> None:
+        "Delete the collections of that generation, where there are any."
+
+
+class VectorServer(Protocol):
+    "Where the vectors and texts of indexes can live instead of in their folders."
+
+    def index(self, name: str) -> RemoteIndex:
+        "The index of that name. Raises a typed error where the server cannot be used."
+
+
 class _ModelFailure(Exception):
     "The embedding model failed while a question was answered; that is no fault of the index."
 
@@ -232,17 +266,10 @@ class _Store:
 
     embeddings: Embeddings
 
-    def __init__(self, folder: Path, persist_at: int = _NEVER) -> None:
+    def __init__(self, folder: Path, persist_at: int = _NEVER, remote: RemoteIndex | None = None) -> None:
         chromadb = _import_chroma()
-        shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
-        configuration = require("chromadb.config", extra="rag")
-        settings = configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False)
-        system = configuration.System(settings)
         with _OPENING:
-            system.start()
-            client = require("chromadb.api.client", extra="rag").Client.from_system(system)
-            # Chroma keeps one system a path and process, whose vectors in memory are then never read again.
-            shared._identifier_to_system.pop(str(folder), None)
+            client = remote.client(folder.name) if remote else _local_client(folder)
             hnsw = {"space": "cosine", "ef_construction": 200, "max_neighbors": 32, "sync_threshold": persist_at}
             self.rows = client.get_or_create_collection(_COLLECTION, embedding_function=None, configuration={"hnsw": hnsw})
         self.errors: tuple[type[BaseException], ...] = (chromadb.errors.ChromaError,)
@@ -406,7 +433,7 @@ def _read_ahead(function: Callable[[_File], _Reading], files: Iterable[_File]) -
 class KnowledgeBase:
     "A folder on disk that holds passages, their vectors and where they came from; open it with `KnowledgeBase.open`."
 
-    def __init__(self, path: Path, models: Sequence[Embeddings], lock_timeout: float, loads: bool = False) -> None:
+    def __init__(self, path: Path, models: Sequence[Embeddings], lock_timeout: float, loads: bool = False, server: VectorServer | None = None) -> None:
         self.path = path
         self._models, self._loads = list(models), loads    # with `loads`, an embedded model is loaded by its recorded name
         self.embeddings = self._models[0]    # the one of the current generation
@@ -417,6 +444,10 @@ class KnowledgeBase:
         self._matched: tuple[float, ...] | None = None
         self._manifest = _Manifest.read(path)
         self._match_model(self._manifest)
+        if bool(self._manifest.remote) != (server is not None):
+            there, remedy = ("on a server", "Name it: server=...") if self._manifest.remote else ("in its folder", "Open it without a server.")
+            raise IndexFormatError(f"The vectors of the index {path.name!r} lie {there}.", remedy)
+        self._remote = server.index(self._manifest.remote) if server else None
 
     @classmethod
     def open(
@@ -426,6 +457,7 @@ class KnowledgeBase:
         *,
         also: Sequence[Embeddings] = (),            # further models that the index may switch to while it is open
         lock_timeout: float = 30.0,                 # seconds to wait for another writer
+        server: VectorServer | None = None,         # keep vectors and texts there, and the rest in the folder
     ) -> KnowledgeBase:
         "Open or create an index. Raises `IndexFormatError`, `IndexMismatchError`."
         folder = Path(os.path.realpath(path))
@@ -441,8 +473,8 @@ class KnowledgeBase:
 
             found = (_recorded_model(_Manifest.read(folder).model) if others else []) or [load_embeddings()]
         if not others:
-            _create(folder, found[0], lock_timeout)
-        return cls(folder, [*found, *also], lock_timeout, loads=embeddings is None)
+            _create(folder, found[0], lock_timeout, _remote_name(folder) if server else "")
+        return cls(folder, [*found, *also], lock_timeout, loads=embeddings is None, server=server)
 
     @property
     def embedding_model(self) -> str:
@@ -513,8 +545,12 @@ class KnowledgeBase:
             manifest = _Manifest.read(self.path)
             self._match_model(manifest)
             self._manifest = manifest
-            if not self._intact(self._folder(self._manifest.generation)):
+            folder = self._folder(self._manifest.generation)
+            if not self._intact(folder):
                 raise IndexDamagedError("The index's vector files are damaged or missing.", "Run ingest again: it rebuilds them.")
+            empty = self._manifest.generation == 1 and not self._manifest.changes
+            if self._remote and not empty and not self._remote.holds(folder.name):
+                raise IndexDamagedError("The server has no vectors of this index.", "Check its address; if its data are lost, delete the index folder and ingest again.")
             try:
                 self._store = self._opened(self._manifest.generation)
             except LlmopsRefError:
@@ -556,9 +592,21 @@ class KnowledgeBase:
 
     def _opened(self, generation: int) -> _Store:
         "A generation with the model of its vectors."
-        store = _Store(self._folder(generation))
+        store = self._store_at(self._folder(generation))
         store.embeddings = self.embeddings
         return store
+
+    def _store_at(self, folder: Path, persist_at: int = _NEVER) -> _Store:
+        "A generation's rows: in its folder, or on the server under the folder's name."
+        if self._remote:
+            folder.mkdir(exist_ok=True)    # what is not a row lies there, and the sweep lists generations by their folders
+        return _Store(folder, persist_at, self._remote)
+
+    def _drop(self, folder: Path) -> None:
+        "Delete a generation: its rows on the server first, so that a crash leaves the folder that names them."
+        if self._remote:
+            self._remote.drop(folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _match_model(self, manifest: _Manifest) -> None:
         "Choose the model that made the vectors, where the manifest names another than we use."
@@ -631,14 +679,19 @@ def _without_stale(store: _Store, rows: Sequence[tuple[str, str, Mapping[str, An
     return [item for item in rows if current.get(str(item[2]["path"])) in (None, item[2]["fingerprint"])]
 
 
-def _create(folder: Path, embeddings: Embeddings, lock_timeout: float) -> None:
+def _remote_name(folder: Path) -> str:
+    "A name for an index on a server: its folder's, and what makes it unique."
+    return f"{re.sub(r'[^a-zA-Z0-9]+', '-', folder.name).strip('-')[:40] or 'index'}-{secrets.token_hex(6)}"
+
+
+def _create(folder: Path, embeddings: Embeddings, lock_timeout: float, remote: str = "") -> None:
     "Write the manifest of a new index, unless another process was faster."
     probe = _vectors(embeddings, [_PROBE])[0]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / _LOCK, timeout=lock_timeout, thread_local=False):
         if not (folder / _MANIFEST).exists():
             values = tuple(round(float(value), 6) for value in probe)
-            _Manifest(1, 0, _model_name(embeddings), len(probe), values).write(folder)
+            _Manifest(1, 0, _model_name(embeddings), len(probe), values, remote=remote).write(folder)
 
 # %% ../nbs/knowledge_base.ipynb #212eaa07
 class _Writer:
@@ -791,8 +844,8 @@ class _Writer:
         manifest = self.base._manifest
         number = 1 + max(manifest.generation, manifest.beside["generation"] if manifest.beside else 0)
         folder = self.base._folder(number)
-        shutil.rmtree(folder, ignore_errors=True)
-        new = _Store(folder, persist_at=max(2, count))
+        self.base._drop(folder)
+        new = self.base._store_at(folder, persist_at=max(2, count))
         for page in pages:
             new.add(*page)
         if count:
@@ -807,7 +860,7 @@ class _Writer:
         names = {self.base._folder(number).name for number in {*keep, *([beside["generation"]] if beside else [])}}
         for other in self.base.path.glob("generation-*"):
             if other.name not in names:
-                shutil.rmtree(other, ignore_errors=True)
+                self.base._drop(other)
 
     def _copied(self, old: _Store, ids: Sequence[str]) -> tuple[Any, Any, Any, Any]:
         "Rows with their vectors, or with their texts embedded again where the vectors cannot be read."
@@ -817,6 +870,8 @@ class _Writer:
             place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
             vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
             assert vectors.shape[1] == self.base._manifest.dimensions and np.isfinite(vectors).all() and vectors.any(axis=1).all()
+        except LlmopsRefError:    # a server that cannot be reached
+            raise
         except Exception:    # whatever is wrong with the vectors, the texts are in the database
             vectors = _vectors(self.base.embeddings, list(map(_indexed, page["documents"], page["metadatas"])))
         return page["ids"], vectors, page["documents"], page["metadatas"]
@@ -828,6 +883,8 @@ def _searchable(store: _Store) -> bool:
         rows = _patiently(lambda: store.rows.get(limit=1, include=["embeddings"]))
         if len(rows["ids"]):
             _patiently(lambda: store.rows.query(query_embeddings=rows["embeddings"], n_results=1))
+    except LlmopsRefError:    # a server that cannot be reached
+        raise
     except Exception:
         return False
     return True
