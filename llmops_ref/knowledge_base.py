@@ -377,6 +377,7 @@ class _Reading:
     reason: str = ""
     chunks: Sequence[Chunk] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Any = None    # float32, shape (chunks, dimensions), where they were embedded while they were read
 
 
 def _fingerprint(data: bytes) -> str:
@@ -416,6 +417,14 @@ def _flat(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, (str, int, float, bool, list)):
             flat[f"meta_{name}"] = value
     return flat
+
+
+_Reader = Callable[[Iterable[_File], Mapping[str, Mapping[str, Any]]], Iterator[_Reading]]    # files, and what the index knows of them
+
+
+def _read_here(files: Iterable[_File], known: Mapping[str, Mapping[str, Any]]) -> Iterator[_Reading]:
+    "Read files in this process."
+    return _read_ahead(lambda file: _read_file(file, known), files)
 
 
 def _read_ahead(function: Callable[[_File], _Reading], files: Iterable[_File]) -> Iterator[_Reading]:
@@ -504,10 +513,14 @@ class KnowledgeBase:
         progress: bool = True,                                              # a bar, where it takes over two seconds
     ) -> IngestReport:
         "Bring the index up to date with `paths`. Raises `BadInputError`, `IndexLockedError`."
+        return self._ingest(paths, progress, _read_here)
+
+    def _ingest(self, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], progress: bool, reader: _Reader) -> IngestReport:
+        "Collect files, let `reader` read them, wherever it does that, and write what comes back."
         started = time.perf_counter()
         files, folders = _collect(paths)
         with self._writing() as writer:
-            for reading in _read_ahead(lambda file: _read_file(file, writer.known), writer.bar(files, progress)):
+            for reading in reader(writer.bar(files, progress), writer.known):
                 writer.take(reading)
             writer.flush()
             writer.drop_vanished({file.path for file in files}, folders)
@@ -742,9 +755,10 @@ class _Writer:
         if not group:
             return
         texts = [chunk.text for reading in group for chunk in reading.chunks]
-        parts = []
-        for low in range(0, len(texts), 2 * _GROUP):
-            parts.append(_vectors(self.base.embeddings, texts[low:low + 2 * _GROUP]))
+        to_embed = [_indexed(chunk.text, {"context": chunk.context}) for reading in group for chunk in reading.chunks]
+        parts = [reading.vectors for reading in group if reading.vectors is not None]
+        for low in range(0, 0 if parts else len(texts), 2 * _GROUP):
+            parts.append(_vectors(self.base.embeddings, to_embed[low:low + 2 * _GROUP]))
             self._bar.update(sum(reading.size for reading in group) * len(parts[-1]) / len(texts))
         self._wait()
         self._pending = self._writes.submit(self._write, group, texts, np.concatenate(parts))
