@@ -327,11 +327,13 @@ def _start_ray(ray: Any, **options: Any) -> None:
     autoscaler and the forwarder of logs. On a busy machine they also starve the rest, which Ray gives 15 seconds to start.
     """
     node = require("ray._private.node", extra="ray").Node
+    earlier = os.environ.get("PYTHONPATH")
     spared = {name: getattr(node, name) for name in ("start_api_server", "start_monitor", "start_log_monitor")}
     try:
         for name in spared:
             setattr(node, name, lambda self, **_: None)
         node._webui_url = None    # what the first of them would set
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))    # so that workers find what we find
         for attempt in range(3):
             try:
                 ray.init(address="local", include_dashboard=False, _node_ip_address=_LOOPBACK, **options)
@@ -343,6 +345,9 @@ def _start_ray(ray: Any, **options: Any) -> None:
     finally:
         for name, method in spared.items():
             setattr(node, name, method)
+        os.environ.pop("PYTHONPATH")
+        if earlier is not None:
+            os.environ["PYTHONPATH"] = earlier
 
 
 def _import_ray() -> Any:
@@ -442,9 +447,9 @@ def ingest_with_ray(
     """
     if workers is not None and workers < 1:
         raise BadInputError(f"workers is {workers}.", "Pass at least 1, or None.")
-    model, on_cpu = _loader(knowledge_base.embeddings, load)
     with ray_session(address, workers=workers) as ray:
         have = ray.cluster_resources()
+        model, on_cpu = _loader(ray, knowledge_base.embeddings, load)
         gpus = gpus_per_worker if gpus_per_worker is not None else float(have.get("GPU", 0) >= 1 and not on_cpu)
         most = int(have.get("GPU", 0) // gpus) if gpus else int(have.get("CPU", 1))
         if not 1 <= (workers or 1) <= most:
@@ -464,7 +469,7 @@ def ingest_with_ray(
         return knowledge_base._ingest(paths, progress, read)
 
 
-def _loader(embeddings: Embeddings, load: Callable[[], Embeddings] | None) -> tuple[Callable[[], Embeddings], bool]:
+def _loader(ray: Any, embeddings: Embeddings, load: Callable[[], Embeddings] | None) -> tuple[Callable[[], Embeddings], bool]:
     "What makes the model in a worker, and whether that model uses the CPU only."
     from llmops_ref.embeddings import OnnxEmbeddings
 
@@ -473,7 +478,7 @@ def _loader(embeddings: Embeddings, load: Callable[[], Embeddings] | None) -> tu
     if load is None:
         load = functools.partial(_itself, embeddings)
     try:
-        pickle.dumps(load)
+        ray.cloudpickle.dumps(load)
     except Exception as error:
         raise BadInputError(f"The embedding model cannot be sent to workers ({error}).", "Pass load=..., a function of a module that makes it.") from error
     return load, False
@@ -492,10 +497,12 @@ def _spread(
     data.context.execution_options.preserve_order = True    # whose name a document gets depends on who comes first
     if gpus:    # a GPU should not wait for a PDF to be parsed
         data = data.map_batches(_read_pieces, batch_size=1)
-    data = data.map_batches(
-        _Embedder, fn_constructor_args=(load, manifest), batch_size=1, compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=0 if gpus else 1, num_gpus=gpus or None, max_restarts=_LIVES, max_task_retries=_LIVES,
-    )
+    with warnings.catch_warnings():    # Ray 2.60 to 2.63 deprecate the last two without offering others; left out, they are without limit
+        warnings.simplefilter("ignore", DeprecationWarning)
+        data = data.map_batches(
+            _Embedder, fn_constructor_args=(load, manifest), batch_size=1, compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=0 if gpus else 1, num_gpus=gpus or None, max_restarts=_LIVES, max_task_retries=_LIVES,
+        )
     try:
         for row in data.iter_rows():
             readings = pickle.loads(row["readings"])

@@ -483,7 +483,7 @@ def test_ray_makes_the_same_index_and_the_same_report(ray: object, place: Chroma
     (docs / "many" / "a.md").write_text("# A third a.md\n\nThe third fee is £11.")
     plain, spread = both(tmp_path, place)
     paths = [docs / "sub", docs, docs / "many"]
-    assert counts(ingest_with_ray(spread, paths, progress=False)) == counts(plain.ingest(paths, progress=False))
+    assert counts(ingest_with_ray(spread, paths, progress=False, gpus_per_worker=0)) == counts(plain.ingest(paths, progress=False))
     assert same_index(plain, spread)
     (docs / "a.md").write_text("# Alpha\n\nThe alpha fee is £6 now.")
     (docs / "b.txt").unlink()
@@ -500,7 +500,7 @@ def test_ray_makes_the_same_index_and_the_same_report(ray: object, place: Chroma
 
 def test_ray_reads_on_cpus_for_actors_on_gpus(ray: object, tmp_path: Path, docs: Path) -> None:
     plain, spread = both(tmp_path)
-    assert counts(ingest_with_ray(spread, docs, progress=False, gpus_per_worker=0.5)) == counts(plain.ingest(docs, progress=False))
+    assert counts(ingest_with_ray(spread, docs, progress=False)) == counts(plain.ingest(docs, progress=False))
     assert same_index(plain, spread)
 
 
@@ -509,7 +509,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(ray: object, tmp_path: 
     folder = write_docs(tmp_path / "docs", 6)
     flag = tmp_path / "died"
     plain, spread = both(tmp_path)
-    ingest_with_ray(spread, folder, progress=False, workers=1, load=DyingOnce(str(flag)))
+    ingest_with_ray(spread, folder, progress=False, workers=1, gpus_per_worker=0, load=DyingOnce(str(flag)))
     assert flag.exists()
     plain.ingest(folder, progress=False)
     assert same_index(plain, spread)
@@ -530,7 +530,7 @@ def test_workers_that_die_each_time_stop_the_ingest_with_a_clear_error(ray: obje
     _, spread = both(tmp_path)
     spread.ingest(docs / "b.txt", progress=False)
     with pytest.raises(RayIngestError, match="What was complete is kept"):
-        ingest_with_ray(spread, docs, progress=False, workers=1, load=DyingOnce(""))
+        ingest_with_ray(spread, docs, progress=False, workers=1, gpus_per_worker=0, load=DyingOnce(""))
     assert spread.search("beta fee", 1)[0].source == "b.txt"
     spread.ingest(docs, progress=False)
     check_index(spread, docs)
@@ -556,8 +556,8 @@ class SaltedModel:
 
 def test_what_ray_cannot_do_is_refused(ray: object, tmp_path: Path, docs: Path) -> None:
     _, spread = both(tmp_path)
-    with pytest.raises(BadInputError, match="room for 2 workers"):
-        ingest_with_ray(spread, docs, progress=False, workers=50)
+    with pytest.raises(BadInputError, match="room for 2 workers, not for 50"):
+        ingest_with_ray(spread, docs, progress=False, workers=50, gpus_per_worker=0)
     with pytest.raises(BadInputError, match="workers is 0"):
         ingest_with_ray(spread, docs, workers=0)
     with pytest.raises(BadInputError, match="does not exist"):
