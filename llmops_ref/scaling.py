@@ -31,7 +31,7 @@ import numpy as np
 
 from .core import BadInputError, LlmopsRefError, disable_telemetry, require
 from llmops_ref.knowledge_base import (
-    IngestReport, KnowledgeBase, _File, _fingerprint, _import_chroma, _indexed, _likeness, _Manifest, _read_file, _Reading, _vectors,
+    IngestReport, KnowledgeBase, _chunk_texts, _File, _import_chroma, _is_known, _likeness, _Manifest, _read_file, _Reading, _vectors,
 )
 
 if TYPE_CHECKING:
@@ -151,9 +151,6 @@ class _ServerIndex:
 
     def client(self, generation: str) -> _Namespace:
         return _Namespace(self, f"{self.name}-{generation}-")
-
-    def holds(self, generation: str) -> bool:
-        return bool(self.client(generation).list_collections())
 
     def drop(self, generation: str) -> None:
         within = self.client(generation)
@@ -364,26 +361,33 @@ _SHIP_FILES, _SHIP_BYTES = 16, 2 * 1024**2    # of one piece of work: enough to 
 _LIVES = 3                                     # times that a worker, or its work, is started again
 
 
-def _pieces(files: Iterable[_File], known: Mapping[str, Mapping[str, Any]]) -> Iterator[list[_File] | _Reading]:
+_Work = tuple[list[_File], dict[str, Mapping[str, Any]], str | None]    # files, what is known of them, readers given
+
+
+def _pieces(files: Iterable[_File], known: Mapping[str, Mapping[str, Any]], given: str | None) -> Iterator[_Work | _Reading]:
     "Group the files that are new or changed into pieces of work; a reading says that a file is as the index knows it."
     piece: list[_File] = []
     held = 0
     for file in files:
+        record = known.get(str(file.path))
         try:
             size = file.path.stat().st_size
-            earlier = known.get(str(file.path))
-            if earlier and _fingerprint(file.path.read_bytes()) == earlier["fingerprint"]:
-                yield _Reading(file, size, str(earlier["fingerprint"]))
+            if record and file.path.is_file() and _is_known(file.path.read_bytes(), record, given):
+                yield _Reading(file, size, str(record["fingerprint"]))
                 continue
         except OSError:
             size = 0    # the worker will say what is wrong with it
         piece.append(file)
         held += size
         if len(piece) >= _SHIP_FILES or held >= _SHIP_BYTES:
-            yield piece
+            yield _work(piece, known, given)
             piece, held = [], 0
     if piece:
-        yield piece
+        yield _work(piece, known, given)
+
+
+def _work(files: list[_File], known: Mapping[str, Mapping[str, Any]], given: str | None) -> _Work:
+    return files, {str(file.path): known[str(file.path)] for file in files if str(file.path) in known}, given
 
 
 def _column(values: Iterable[bytes]) -> Any:
@@ -396,7 +400,11 @@ def _column(values: Iterable[bytes]) -> Any:
 
 def _read_pieces(batch: dict[str, Any]) -> dict[str, Any]:
     "In a worker: read and split the files of each piece."
-    return {"readings": _column(pickle.dumps([_read_file(file, {}) for file in pickle.loads(piece)]) for piece in batch["files"])}
+    found = []
+    for piece in batch["work"]:
+        files, known, given = pickle.loads(piece)
+        found.append(pickle.dumps([_read_file(file, known, given) for file in files]))
+    return {"readings": _column(found)}
 
 
 class _Embedder:
@@ -417,7 +425,7 @@ class _Embedder:
                 self.model = self.load()
                 if _likeness(self.manifest, self.model) < 0.99:
                     raise BadInputError("The workers' embedding model is not the index's.", "Let load=... make the model that the index was opened with.")
-            texts = [_indexed(chunk.text, {"context": chunk.context}) for reading in readings for chunk in reading.chunks]
+            texts = _chunk_texts(chunk for reading in readings for chunk in reading.chunks)
             vectors, done = _vectors(self.model, texts) if texts else None, 0
             for number, reading in enumerate(readings):
                 if vectors is not None and reading.chunks:
@@ -436,6 +444,7 @@ def ingest_with_ray(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],    # files and folders, which every worker sees under the same path
     progress: bool = True,                                               # a bar, where it takes over two seconds
     *,
+    allowed_groups: Sequence[str] | None = None,                         # readers of documents that name none, as in `KnowledgeBase.ingest`
     workers: int | None = None,                                          # processes that read and embed; None: one a CPU, or one a GPU
     gpus_per_worker: float | None = None,                                # None: 1 where Ray has a GPU and the model may use it, else 0
     load: Callable[[], Embeddings] | None = None,                        # makes the model in each worker; None: as the index's own
@@ -455,10 +464,10 @@ def ingest_with_ray(
         if not 1 <= (workers or 1) <= most:
             raise BadInputError(f"Ray has room for {most} workers, not for {workers or 1}.", "Ask for fewer, or for less of a GPU each.")
 
-        def read(files: Iterable[_File], known: Mapping[str, Mapping[str, Any]]) -> Iterator[_Reading]:
+        def read(files: Iterable[_File], known: Mapping[str, Mapping[str, Any]], given: str | None) -> Iterator[_Reading]:
             manifest = knowledge_base._manifest
             work: list[bytes] = []
-            for piece in _pieces(files, known):
+            for piece in _pieces(files, known, given):
                 if isinstance(piece, _Reading):
                     yield piece
                 else:
@@ -466,7 +475,7 @@ def ingest_with_ray(
             if work:
                 yield from _spread(ray, work, model, manifest, min(workers or most, len(work)), gpus)
 
-        return knowledge_base._ingest(paths, progress, read)
+        return knowledge_base._ingest(paths, progress, allowed_groups, read)
 
 
 def _loader(ray: Any, embeddings: Embeddings, load: Callable[[], Embeddings] | None) -> tuple[Callable[[], Embeddings], bool]:
@@ -492,7 +501,7 @@ def _spread(
     ray: Any, work: Sequence[bytes], load: Callable[[], Embeddings], manifest: _Manifest, workers: int, gpus: float
 ) -> Iterator[_Reading]:
     "Run pieces of work through a pool of actors; yield their readings in the order of the pieces, as they come."
-    data = ray.data.from_items([{"files": piece} for piece in work], override_num_blocks=min(len(work), 1000))
+    data = ray.data.from_items([{"work": piece} for piece in work], override_num_blocks=min(len(work), 1000))
     data.context.enable_progress_bars = False
     data.context.execution_options.preserve_order = True    # whose name a document gets depends on who comes first
     if gpus:    # a GPU should not wait for a PDF to be parsed
