@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import pickle
 import random
@@ -24,6 +25,7 @@ from hash_embeddings import HashEmbeddings
 
 from llmops_ref import knowledge_base as module
 from llmops_ref import scaling
+from llmops_ref.cli import main
 from llmops_ref.core import BadInputError, LlmopsRefError
 from llmops_ref.documents import read_document, split_document
 from llmops_ref.knowledge_base import EmptyIndexError, IndexDamagedError, IndexFormatError, KnowledgeBase
@@ -485,20 +487,20 @@ def same_index(one: KnowledgeBase, other: KnowledgeBase) -> bool:
     return all(held[0][key][0] == held[1][key][0] and np.allclose(held[0][key][1], held[1][key][1], atol=1e-5) for key in held[0])
 
 
-def both(tmp_path: Path, place: ChromaServer | None = None, model: Callable[[], HashEmbeddings] = HashEmbeddings) -> tuple[KnowledgeBase, KnowledgeBase]:
-    return KnowledgeBase.open(tmp_path / "plain", model()), KnowledgeBase.open(tmp_path / "ray", model(), server=place)
+def both(tmp_path: Path, model: Callable[[], HashEmbeddings] = HashEmbeddings) -> tuple[KnowledgeBase, KnowledgeBase]:
+    return KnowledgeBase.open(tmp_path / "plain", model()), KnowledgeBase.open(tmp_path / "ray", model())
 
 
 def counts(report: module.IngestReport) -> dict[str, object]:
     return {name: value for name, value in report.to_dict().items() if name != "seconds"}
 
 
-def test_ray_makes_the_same_index_and_the_same_report(ray: object, place: ChromaServer | None, tmp_path: Path, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_makes_the_same_index_and_the_same_report(ray: object, tmp_path: Path, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "_SHIP_FILES", 3)
     write_docs(docs / "many", 12)
     (docs / "many" / "zero.pdf").write_bytes(b"")
     (docs / "many" / "a.md").write_text("# A third a.md\n\nThe third fee is £11.")
-    plain, spread = both(tmp_path, place)
+    plain, spread = both(tmp_path)
     paths = [docs / "sub", docs, docs / "many"]
     assert counts(ingest_with_ray(spread, paths, progress=False, gpus_per_worker=0)) == counts(plain.ingest(paths, progress=False))
     assert same_index(plain, spread)
@@ -518,10 +520,10 @@ def test_ray_makes_the_same_index_and_the_same_report(ray: object, place: Chroma
 def test_ray_gives_documents_the_readers_that_the_plain_ingest_gives(ray: object, tmp_path: Path, docs: Path) -> None:
     (docs / "own.md").write_text("---\nallowed_groups: [board]\n---\n# Own\n\nThe own fee is £13.")
     plain, spread = both(tmp_path)
-    for groups in (["staff"], None, ["branch"]):
+    for groups in (["staff"], None):
         (docs / "a.md").write_text(f"# Alpha\n\nThe alpha fee, as {groups} may read.")
         expected = counts(plain.ingest(docs, progress=False, allowed_groups=groups))
-        assert counts(ingest_with_ray(spread, docs, progress=False, allowed_groups=groups, gpus_per_worker=0)) == expected
+        assert counts(ingest_with_ray(spread, docs, progress=False, allowed_groups=groups, workers=1, gpus_per_worker=0)) == expected
         assert same_index(plain, spread)
     assert {passage.source for passage in spread.search("own fee", 5, groups=["board"])} == {"own.md"}
 
@@ -593,6 +595,38 @@ def test_what_ray_cannot_do_is_refused(ray: object, tmp_path: Path, docs: Path) 
     spread.embeddings.lock = threading.Lock()
     with pytest.raises(BadInputError, match="cannot be sent"):
         ingest_with_ray(spread, docs, progress=False)
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_ingests_with_ray_into_an_index_on_a_server(
+    ray: object, local_server: LocalServer, tmp_path: Path, docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmops_ref.models.load_embeddings", HashEmbeddings)
+    monkeypatch.setenv("LLMOPS_REF_SERVER_TOKEN", "s3cret-token")
+    command = ["ingest", str(docs), "--index", str(tmp_path / "index"), "--json"]
+    with listening(proxy(local_server.server.url)) as url:
+        assert main([*command, "--server", url, "--engine", "ray", "--workers", "1"]) == 0
+        assert json.loads(capsys.readouterr().out)["added"] == 3
+        assert main([*command, "--server", url]) == 0
+        assert json.loads(capsys.readouterr().out)["unchanged"] == 3
+        monkeypatch.setenv("LLMOPS_REF_SERVER_TOKEN", "wr0ng-token")
+        assert main([*command, "--server", url]) == 2
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["error"] == "ServerRefusedError" and "token" not in shown.out + shown.err
+    assert main(command) == 2 and "on a server" in capsys.readouterr().err
+    assert main(["ask", "What is the alpha fee?", "--index", str(tmp_path / "index"), "--server", "nowhere"]) == 2
+    assert "http://host:port" in capsys.readouterr().err
+
+
+def test_bad_engines_and_worker_counts_are_refused(tmp_path: Path, docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("llmops_ref.models.load_embeddings", HashEmbeddings)
+    with pytest.raises(SystemExit) as stopped:
+        main(["ingest", str(docs), "--engine", "spark"])
+    assert stopped.value.code == 2
+    assert main(["ingest", str(docs), "--index", str(tmp_path / "index"), "--engine", "ray", "--workers", "0"]) == 2
+    assert "workers is 0" in capsys.readouterr().err
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
