@@ -21,7 +21,7 @@ from . import __version__
 from .core import BadInputError, LlmopsRefError, cache_dir, disable_telemetry
 
 if TYPE_CHECKING:
-    from llmops_ref.knowledge_base import IngestReport
+    from llmops_ref.knowledge_base import IngestReport, VectorServer
     from llmops_ref.rag import Answer
 
 # %% auto #0
@@ -97,6 +97,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _server(url: str | None) -> VectorServer | None:
+    "The Chroma server of `--server`; its token, where it wants one, comes from `$LLMOPS_REF_SERVER_TOKEN`."
+    if url is None:
+        return None
+    from llmops_ref.scaling import ChromaServer
+
+    token = os.environ.get("LLMOPS_REF_SERVER_TOKEN")
+    return ChromaServer(url, {"Authorization": f"Bearer {token}"} if token else {})
+
+
 def _ingest(arguments: argparse.Namespace) -> int:
     from llmops_ref.knowledge_base import KnowledgeBase
 
@@ -104,7 +114,13 @@ def _ingest(arguments: argparse.Namespace) -> int:
     missing = [path for path in arguments.paths if not Path(path).exists()]
     if missing:
         raise BadInputError(f"There is no file or folder {missing[0]!r}.", "Check the path; nothing was ingested.")
-    report = KnowledgeBase.open(index).ingest(arguments.paths, progress=not arguments.json)
+    knowledge_base = KnowledgeBase.open(index, server=_server(arguments.server))
+    if arguments.engine == "ray":
+        from llmops_ref.scaling import ingest_with_ray
+
+        report = ingest_with_ray(knowledge_base, arguments.paths, progress=not arguments.json, workers=arguments.workers)
+    else:
+        report = knowledge_base.ingest(arguments.paths, progress=not arguments.json)
     print(_as_json(report) if arguments.json else _show_report(report))
     nothing_read = report.failed and not (report.added or report.updated or report.unchanged)
     return 2 if nothing_read else 0
@@ -119,7 +135,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     index = _index_to_ask(arguments.index)
     if not index.exists():
         raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH")
-    rag = RAG(KnowledgeBase.open(index), load_chat_model(arguments.model))
+    rag = RAG(KnowledgeBase.open(index, server=_server(arguments.server)), load_chat_model(arguments.model))
     answer = rag.ask(arguments.question, **({} if arguments.k is None else {"k": arguments.k}))
     print(_as_json(answer) if arguments.json else _show_answer(answer))
     return 3 if answer.refused else 0
@@ -197,7 +213,7 @@ def _opened(arguments: argparse.Namespace) -> Any:
     index = Path(arguments.index) if arguments.index else default_index()
     if not index.exists():
         raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH")
-    return KnowledgeBase.open(index)
+    return KnowledgeBase.open(index, server=_server(arguments.server))
 
 
 def _embeddings(spec: str | None) -> Any:
@@ -223,7 +239,8 @@ def _index_check(arguments: argparse.Namespace) -> int:
     from llmops_ref.index_operations import check_index
 
     report = check_index(_opened(arguments), files=not arguments.no_files, sample=arguments.sample)
-    return _show(report, arguments) if report.ok else _show(report, arguments) or 1
+    _show(report, arguments)
+    return 0 if report.ok else 1
 
 
 def _index_repair(arguments: argparse.Namespace) -> int:
@@ -270,7 +287,7 @@ def _index_import(arguments: argparse.Namespace) -> int:
     from llmops_ref.knowledge_base import KnowledgeBase
 
     index, model = Path(arguments.index) if arguments.index else default_index(), _exported_model(arguments.file)
-    base = KnowledgeBase.open(index) if (index / "index.json").exists() else KnowledgeBase.open(index, model)
+    base = KnowledgeBase.open(index, None if (index / "index.json").exists() else model, server=_server(arguments.server))
     return _show(import_index(base, arguments.file, replace_all=arguments.replace), arguments)
 
 
@@ -304,12 +321,15 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "check Python, packages, GPU, models, disk and one real answer")
     ingest = command("ingest", _ingest, "index documents; only what changed since the last time")
     ingest.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
+    ingest.add_argument("--engine", choices=("plain", "ray"), default="plain", help="ray: spread reading and embedding over Ray's workers")
+    ingest.add_argument("--workers", type=int, metavar="N", help="of Ray; default: one a CPU, or one a GPU")
     ask = command("ask", _ask, "answer a question from an index, with citations")
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--model", metavar="SPEC", help="provider:model; default: LLMOPS_REF_CHAT_MODEL, else embedded")
     ask.add_argument("--k", type=int, metavar="N", help="passages to search for")
     for sub in (ingest, ask):
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
+        sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
     command("demo", _demo, "index the sample handbook and ask three questions")
     _add_quantization(commands, command)
     _add_index(commands, command)
@@ -322,6 +342,7 @@ def _add_index(commands: Any, command: Any) -> None:
     group = commands.add_parser("index", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
     subs = {name: command(name, function, what, group) for name, (function, what) in _INDEX_COMMANDS.items()}
     for sub in subs.values():
+        sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
     subs["check"].add_argument("--no-files", action="store_true", help="do not compare documents with their files")
     subs["check"].add_argument("--sample", type=int, default=2000, metavar="N", help="chunks to look up by their own vector; default: 2000")

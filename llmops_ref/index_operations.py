@@ -231,7 +231,7 @@ def _build_green(base: KnowledgeBase, writer: _Writer, log: _VectorLog, switch: 
 
     number, files = writer._build(pages(), _sizes(rows[chunk_id] for chunk_id in ids), len(log.probe))
     probe = tuple(round(float(value), 6) for value in log.probe)
-    green = _Manifest(number, 0, _model_name(log.embeddings), len(probe), probe, files)
+    green = _Manifest(number, 0, _model_name(log.embeddings), len(probe), probe, files, blue.remote)
     base._models.append(log.embeddings)
     _exchange(base, writer, green if switch else blue, blue if switch else green, "previous" if switch else "ready")
     return len(ids)
@@ -289,20 +289,20 @@ def _swap(base: KnowledgeBase, operation: str, role: str, embeddings: Embeddings
     return _report(base, operation, began, base._ask(lambda store: len(store.snapshot.documents)), len(base), 0, *notes)
 
 
-def _whole(folder: Path, files: Mapping[str, Any]) -> bool:
+def _whole(base: KnowledgeBase, folder: Path, files: Mapping[str, Any]) -> bool:
     "Whether a generation's files are those that were published."
     found = _vector_files(folder) if files else {}
-    return (folder / "chroma.sqlite3").exists() and all(found.get(name) == list(value) for name, value in files.items())
+    return (folder if base._remote else folder / "chroma.sqlite3").exists() and all(found.get(name) == list(value) for name, value in files.items())
 
 
 def _changed(base: KnowledgeBase, writer: _Writer, other: _Manifest) -> set[str]:
     "Sources that are not the same in another generation, which must be whole."
     folder = base._folder(other.generation)
-    if not _whole(folder, other.files):
+    if not _whole(base, folder, other.files):
         raise IndexDamagedError("The generation beside the current one is damaged.", "Discard it: discard(...), or llmops-ref index discard")
     both = [
         {(str(row["source"]), json.dumps({**row, "written": 0}, sort_keys=True, default=str)) for row in store.metadata({"index": 0}).values()}
-        for store in (writer._store, _Store(folder))
+        for store in (writer._store, base._store_at(folder))
     ]
     return {source for source, _ in both[0] ^ both[1]}
 
@@ -495,8 +495,9 @@ def check_index(
         folder = base._folder(manifest.generation)
         rows: dict[str, dict[str, Any]] = {}
         searched = 0
-        if not findings.add("damaged_database", _database_faults(folder)):
-            store = _Store(folder)
+        fresh = not folder.exists() and manifest.generation == 1 and not manifest.changes
+        if not fresh and not findings.add("damaged_database", _database_faults(base, folder)):
+            store = base._store_at(folder)
             rows = store.metadata()
             current = _check_rows(rows, findings)
             _check_snapshot(folder, _current_rows(rows), findings, unfinished)
@@ -520,12 +521,14 @@ def _check_folders(base: KnowledgeBase, manifest: _Manifest, findings: _Findings
     findings.add("leftover_generation", [base._folder(number).name for number in others if number not in kept], "discard")
     if beside:
         folder = base._folder(beside["generation"])
-        findings.add("damaged_beside", [] if _whole(folder, beside["files"]) and not _database_faults(folder) else [folder.name], "discard")
+        findings.add("damaged_beside", [] if _whole(base, folder, beside["files"]) and not _database_faults(base, folder) else [folder.name], "discard")
 
 
-def _database_faults(folder: Path) -> list[str]:
-    "What SQLite says of a generation's database."
+def _database_faults(base: KnowledgeBase, folder: Path) -> list[str]:
+    "What SQLite says of a generation's database; one on a server is the server's to check."
     path = folder / "chroma.sqlite3"
+    if base._remote:
+        return []
     if not path.exists():
         return [f"{folder.name} is missing"]
     try:
@@ -586,6 +589,8 @@ def _read_vectors(store: _Store, ids: Sequence[str]) -> tuple[dict[str, Any], di
     "Vectors, and labels with indexed texts, by id; where a whole page cannot be read, row by row."
     try:
         page = store.get(ids, ["embeddings", "documents", "metadatas"])
+    except LlmopsRefError:    # a server that does not answer
+        raise
     except Exception:
         if len(ids) == 1:
             return {}, {}
@@ -605,6 +610,8 @@ def _not_found(store: _Store, vectors: Mapping[str, tuple[str, Any]]) -> list[st
             found = _patiently(lambda label=label, asked=asked: store.collection(label).query(query_embeddings=list(asked.values()), n_results=10, include=["distances"]))  # type: ignore[misc]
             lost += [chunk_id for chunk_id, ids, distances in zip(asked, found["ids"], found["distances"], strict=True)
                      if chunk_id not in ids and not (len(ids) == 10 and distances[-1] < 1e-4)]
+        except LlmopsRefError:
+            raise
         except Exception:
             lost += list(asked)
     return lost
@@ -666,12 +673,12 @@ def _restore(base: KnowledgeBase) -> str:
         beside = manifest.beside
         others = sorted((int(path.name.rpartition("-")[2]) for path in base.path.glob("generation-*")), reverse=True)
         for number in others:
-            if number == manifest.generation or _database_faults(base._folder(number)):
+            if number == manifest.generation or _database_faults(base, base._folder(number)):
                 continue
             if beside and number == beside["generation"]:
                 values = {name: value for name, value in beside.items() if name != "role"}
                 replace(_Manifest(**{**values, "probe": tuple(values["probe"])}), beside=None).write(base.path)
-            elif number < manifest.generation and _searchable(_Store(base._folder(number))):
+            elif number < manifest.generation and _searchable(base._store_at(base._folder(number))):
                 replace(manifest, generation=number, files={}, beside=None).write(base.path)
             else:
                 continue
@@ -829,7 +836,7 @@ def import_index(
             sizes = Counter(_label(groups) for batch in file.iter_batches(columns=["allowed_groups"]) for groups in batch.column(0).to_pylist())
             number, files = writer._build(_imported(file, about), sizes)
         except Exception as error:
-            shutil.rmtree(base._folder(base._next_generation()), ignore_errors=True)
+            base._erase(base._folder(base._next_generation()))
             if isinstance(error, IndexFileError):
                 raise
             raise IndexFileError(f"{Path(path).name!r} cannot be read: {error}.", "Export the index again.") from error

@@ -35,6 +35,7 @@ from llmops_ref.index_operations import (
     switch,
 )
 from llmops_ref.knowledge_base import (
+    ALL_GROUPS,
     EmptyIndexError,
     IndexDamagedError,
     IndexLockedError,
@@ -234,6 +235,7 @@ def test_ingests_go_on_during_the_embedding_and_are_in_the_new_generation(base, 
 
 
 def test_an_empty_index_and_a_busy_one(tmp_path, base):
+    assert check_index(KnowledgeBase.open(tmp_path / "empty", BLUE)).ok and not (tmp_path / "empty" / "generation-000001").exists()
     with pytest.raises(EmptyIndexError):
         reembed(KnowledgeBase.open(tmp_path / "empty", BLUE), GREEN, progress=False)
     impatient = KnowledgeBase.open(base.path, BLUE, lock_timeout=0.1)
@@ -513,7 +515,8 @@ def test_what_is_exported_is_what_is_imported(tmp_path_factory, data):
     copy = KnowledgeBase.open(place / "copy", HashEmbeddings(64))
     report = import_index(copy, place / "x.parquet")
     assert contents(copy) == contents(base) and report.chunks == len(base) and check_index(copy).ok
-    assert [passage.to_dict() for passage in copy.search("word", 9)] == [passage.to_dict() for passage in base.search("word", 9)]
+    for groups in (None, ["staff"], ["board", "日本"], ALL_GROUPS):
+        assert [passage.to_dict() for passage in copy.search("word", 9, groups=groups)] == [passage.to_dict() for passage in base.search("word", 9, groups=groups)]
     assert copy.ingest(place / "docs", progress=False).unchanged == report.documents, "documents are known by their content"
 
 
