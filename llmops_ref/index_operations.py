@@ -174,7 +174,7 @@ def reembed(
         log = _VectorLog(base.path / _GREEN, embeddings)
         _take_over(base, log)
         _embed_rows(base._ask(lambda store: store.snapshot), log, progress)
-        with base._writing() as writer:
+        with _mended(base) as writer:
             chunks = _build_green(base, writer, log, switch)
         shutil.rmtree(log.folder)
     notes = () if switch else ("The new generation waits beside the current one: switch to it, or discard it.",)
@@ -205,6 +205,14 @@ def _embed_rows(snapshot: _Snapshot, log: _VectorLog, progress: bool) -> None:
             records = [snapshot.record(row) for row in range(low, low + len(ids))]
             log.add(ids, [_indexed(record["text"], record) for record in records])
             bar.update(len(ids))
+
+
+@contextlib.contextmanager
+def _mended(base: KnowledgeBase) -> Iterator[_Writer]:
+    "Hold the writer's lock on an index that is whole: what a killed write has left is mended by then."
+    with base._writing() as writer:
+        (base.path / _MARKER).unlink(missing_ok=True)
+        yield writer
 
 
 @contextlib.contextmanager
@@ -271,7 +279,7 @@ def rollback(
 
 def _swap(base: KnowledgeBase, operation: str, role: str, embeddings: Embeddings | None, stale: bool) -> OperationReport:
     began = time.perf_counter()
-    with base._writing() as writer:
+    with _mended(base) as writer:
         old = base._manifest
         if old.beside is None or old.beside["role"] != role:
             raise SwitchError(f"There is no generation to {'switch to' if role == 'ready' else 'roll back to'}.", "Make one: reembed(...), or llmops-ref index switch --to SPEC")
@@ -312,7 +320,7 @@ def discard(
 ) -> OperationReport:
     "Delete every generation but the current one, and vectors that an unfinished `reembed` left: there is no way back then."
     began = time.perf_counter()
-    with _locked(base, "reembed.lock"), base._writing() as writer:
+    with _locked(base, "reembed.lock"), _mended(base) as writer:
         shutil.rmtree(base.path / _GREEN, ignore_errors=True)
         _forget(base, writer)
     return _report(base, "discard", began, 0, 0)
@@ -650,13 +658,12 @@ def repair_index(
         (base.path / _MARKER).touch()    # makes the writer copy what is whole into a new generation
     embedded = 0
     if names:
-        with base._writing() as writer:
+        with _mended(base) as writer:
             kept = writer._store.metadata({"index": 0})
             lost = [item.example for item in before.findings if item.name == "incomplete_document"]
             if "damaged_beside" in names:
                 base._publish(replace(base._manifest, beside=None))
             writer._sweep({base._manifest.generation})
-            (base.path / _MARKER).unlink(missing_ok=True)
         if "wrong_model" in names:
             embedded = reembed(base, base.embeddings, progress=False).embedded
             discard(base)
@@ -698,7 +705,7 @@ def delete_documents(
     """
     began = time.perf_counter()
     names = {sources} if isinstance(sources, str) else set(sources)
-    with _locked(base, "reembed.lock"), base._writing() as writer:
+    with _locked(base, "reembed.lock"), _mended(base) as writer:
         rows = writer._store.metadata()
         doomed = {chunk_id: row for chunk_id, row in rows.items() if names & {row.get("source"), row.get("path")}}
         unknown = names - {row.get(name) for row in doomed.values() for name in ("source", "path")}
@@ -745,7 +752,7 @@ def export_index(
     "Write all rows with their vectors into one file, readable by its owner only. Raises `IndexLockedError`."
     arrow, parquet = require("pyarrow", extra="rag"), require("pyarrow.parquet", extra="rag")
     began, digest = time.perf_counter(), hashlib.sha256()
-    with base._writing() as writer:
+    with _mended(base) as writer:
         manifest, store = base._manifest, writer._store
         ids, schema, vectors_of = _current_rows(store.metadata()), _schema(manifest.dimensions), writer._draft.vectors()
         documents = len(store.snapshot.documents)
@@ -828,7 +835,7 @@ def import_index(
     """
     began = time.perf_counter()
     file, about = _open_export(path)
-    with _locked(base, "reembed.lock"), base._writing() as writer:
+    with _locked(base, "reembed.lock"), _mended(base) as writer:
         if len(writer._store.snapshot) and not replace_all:
             raise BadInputError("The index is not empty.", "Import into a new folder, or pass replace_all=True (--replace).")
         _choose_model(replace(base._manifest, model=about["model"], dimensions=len(about["probe"]), probe=tuple(about["probe"])), [base.embeddings])
@@ -843,5 +850,4 @@ def import_index(
         old = base._manifest.generation
         base._publish(replace(base._manifest, generation=number, changes=0, files=files, beside=None))
         writer._sweep({old, number})
-        (base.path / _MARKER).unlink(missing_ok=True)
     return _report(base, "import", began, about["documents"], about["chunks"])

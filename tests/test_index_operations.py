@@ -234,6 +234,15 @@ def test_ingests_go_on_during_the_embedding_and_are_in_the_new_generation(base, 
     assert made_by(base, GREEN)
 
 
+def test_what_a_killed_write_left_is_mended_once_and_does_not_cost_the_way_back(base):
+    (base.path / "writing").touch()
+    blue = answer(base)
+    reembed(base, GREEN, progress=False)
+    assert not (base.path / "writing").exists() and not names(base)
+    rollback(base)
+    assert answer(base) == blue and base.embedding_model == BLUE.model
+
+
 def test_an_empty_index_and_a_busy_one(tmp_path, base):
     assert check_index(KnowledgeBase.open(tmp_path / "empty", BLUE)).ok and not (tmp_path / "empty" / "generation-000001").exists()
     with pytest.raises(EmptyIndexError):
