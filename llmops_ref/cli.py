@@ -205,6 +205,103 @@ def _bench_quantization(arguments: argparse.Namespace) -> int:
     print(_as_json(results) if arguments.json else results_table(results))
     return 0
 
+# %% ../nbs/cli.ipynb #9cba2044
+def _opened(arguments: argparse.Namespace) -> Any:
+    "The index that the arguments name, which must be there; opened with the model that it records."
+    from llmops_ref.knowledge_base import KnowledgeBase
+
+    index = Path(arguments.index) if arguments.index else default_index()
+    if not index.exists():
+        raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH")
+    return KnowledgeBase.open(index)
+
+
+def _embeddings(spec: str | None) -> Any:
+    "A model by its spec; `embedded:int8` and `embedded:float32` name the embedded model's precisions."
+    from llmops_ref.models import load_embeddings
+
+    provider, _, precision = (spec or "").partition(":")
+    return None if spec is None else load_embeddings("embedded", precision=precision) if provider == "embedded" and precision else load_embeddings(spec)
+
+
+def _show(report: Any, arguments: argparse.Namespace) -> int:
+    print(_as_json(report) if arguments.json else report)
+    return 0
+
+
+def _index_stats(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import index_stats
+
+    return _show(index_stats(_opened(arguments)), arguments)
+
+
+def _index_check(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import check_index
+
+    report = check_index(_opened(arguments), files=not arguments.no_files, sample=arguments.sample)
+    return _show(report, arguments) if report.ok else _show(report, arguments) or 1
+
+
+def _index_repair(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import repair_index
+
+    return _show(repair_index(_opened(arguments)), arguments)
+
+
+def _index_switch(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import reembed, switch
+
+    base = _opened(arguments)
+    if arguments.to is None:
+        return _show(switch(base, stale=arguments.stale), arguments)
+    return _show(reembed(base, _embeddings(arguments.to), switch=not arguments.prepare, progress=not arguments.json), arguments)
+
+
+def _index_rollback(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import rollback
+
+    return _show(rollback(_opened(arguments), _embeddings(arguments.to), stale=arguments.stale), arguments)
+
+# %% ../nbs/cli.ipynb #d56bbf6c
+def _index_discard(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import discard
+
+    return _show(discard(_opened(arguments)), arguments)
+
+
+def _index_delete(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import delete_documents
+
+    return _show(delete_documents(_opened(arguments), arguments.sources), arguments)
+
+
+def _index_export(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import export_index
+
+    return _show(export_index(_opened(arguments), arguments.file), arguments)
+
+
+def _index_import(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import _exported_model, import_index
+    from llmops_ref.knowledge_base import KnowledgeBase
+
+    index, model = Path(arguments.index) if arguments.index else default_index(), _exported_model(arguments.file)
+    base = KnowledgeBase.open(index) if (index / "index.json").exists() else KnowledgeBase.open(index, model)
+    return _show(import_index(base, arguments.file, replace_all=arguments.replace), arguments)
+
+
+_INDEX_COMMANDS = {
+    "stats": (_index_stats, "documents, chunks, bytes, model, age"),
+    "check": (_index_check, "look for everything that can be wrong, and change nothing; exit code 1 where something is"),
+    "repair": (_index_repair, "mend what can be mended without the source files"),
+    "switch": (_index_switch, "switch to another model's vectors, beside which readers go on"),
+    "rollback": (_index_rollback, "go back to the vectors before the last switch"),
+    "discard": (_index_discard, "delete the vectors that one could switch or roll back to"),
+    "delete": (_index_delete, "erase documents, so that no byte of them is left in the index"),
+    "export": (_index_export, "write the index into one parquet file"),
+    "import": (_index_import, "read an exported file into an empty index"),
+}
+
 # %% ../nbs/cli.ipynb #b43fc256
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmops-ref", description="Ask your documents, offline, with citations.")
@@ -234,7 +331,28 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
     command("demo", _demo, "index the sample handbook and ask three questions")
     _add_quantization(commands, command)
+    _add_index(commands, command)
     return parser
+
+
+def _add_index(commands: Any, command: Any) -> None:
+    "The commands `index stats`, `index check` and the others on an index."
+    text = "count, check, mend, move or erase what an index holds; change its model"
+    group = commands.add_parser("index", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    subs = {name: command(name, function, what, group) for name, (function, what) in _INDEX_COMMANDS.items()}
+    for sub in subs.values():
+        sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
+    subs["check"].add_argument("--no-files", action="store_true", help="do not compare documents with their files")
+    subs["check"].add_argument("--sample", type=int, default=2000, metavar="N", help="chunks to look up by their own vector; default: 2000")
+    subs["switch"].add_argument("--to", metavar="SPEC", help="embed the index by this model first, such as embedded:int8")
+    subs["switch"].add_argument("--prepare", action="store_true", help="with --to: embed, and leave the switch for later")
+    subs["rollback"].add_argument("--to", metavar="SPEC", help="the previous model, where it is not an embedded one")
+    for name in ("switch", "rollback"):
+        subs[name].add_argument("--stale", action="store_true", help="although documents have changed since; ingest again afterwards")
+    subs["delete"].add_argument("sources", nargs="+", metavar="SOURCE", help="a document, by the name that search results give")
+    subs["export"].add_argument("file", metavar="FILE", help="the parquet file to write")
+    subs["import"].add_argument("file", metavar="FILE", help="a file that `index export` wrote")
+    subs["import"].add_argument("--replace", action="store_true", help="put it in the place of what the index holds")
 
 
 def _add_quantization(commands: Any, command: Any) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import mmap
 import os
 import re
 import secrets
@@ -40,8 +41,8 @@ from llmops_ref.access import (
     group_names,
     matches,
     may_read,
+    read_versions,
     set_aside,
-    version_links,
 )
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
 from .documents import SUPPORTED_SUFFIXES, Chunk, Passage, UnreadableDocumentError, read_document, split_document
@@ -167,7 +168,7 @@ def _checksum(path: Path, size: int | None = None) -> int:
 
 def _vector_files(folder: Path) -> dict[str, list[int]]:
     "Size and CRC-32 of the files that hold a generation's vectors; they never change once they are published."
-    files = [path for path in sorted(folder.glob("*/*")) if path.parent.name != _ROWS]
+    files = [path for path in sorted(folder.glob("*/*")) if (path.parent / "index_metadata.pickle").exists()]    # a single row stays in Chroma's log, beside files without content
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
 
 
@@ -212,10 +213,11 @@ def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
 
 
 def _choose_model(manifest: _Manifest, models: Sequence[Embeddings]) -> Embeddings:
-    "Of `models` the one that made the vectors, by its probe. Raises `IndexMismatchError`."
+    "Of `models` the one that made the vectors, by its probe: nearly the same under the same name, all but equal under another. Raises `IndexMismatchError`."
     likeness = [_likeness(manifest, model) for model in models]
-    if max(likeness) >= 0.99:
-        return models[likeness.index(max(likeness))]
+    best = models[likeness.index(max(likeness))]
+    if max(likeness) >= (0.99 if _model_name(best) == manifest.model else 0.999):
+        return best
     raise IndexMismatchError(
         f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
         f"not by {' or '.join(repr(_model_name(model)) for model in models)}.",
@@ -514,7 +516,7 @@ def _read_file(file: _File, known: Mapping[str, Mapping[str, Any]], given: str |
         named = document_readers(document.metadata)
         fingerprint = _fingerprint(data, default if named is None else None)
         return _Reading(
-            file, len(data), fingerprint, "", split_document(document), _flat(document.metadata),
+            file, len(data), fingerprint, "", split_document(document, name=file.path.name), _flat(document.metadata),
             tuple(json.loads(default)) if named is None else named, default if named is None else None)
     except UnicodeEncodeError:
         return _Reading(file, reason="The file's name is not valid UTF-8.")
@@ -533,12 +535,17 @@ def _flat(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, (datetime.date, datetime.datetime)):
             value = value.isoformat()
         elif isinstance(value, (list, tuple)):
-            value = [str(item) for item in value] or None
+            value = [_storable(str(item)) for item in value] or None
         elif isinstance(value, Mapping):
             value = json.dumps(value, default=str)
         if isinstance(value, (str, int, float, bool, list)):
-            flat[f"meta_{name}"] = value
+            flat[f"meta_{_storable(str(name))}"] = _storable(value) if isinstance(value, str) else value
     return flat
+
+
+def _storable(text: str) -> str:
+    "A text that UTF-8 can hold: halves of a surrogate pair, which YAML lets through, are joined or replaced."
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 _Reader = Callable[[Iterable[_File], Mapping[str, Mapping[str, Any]], str | None], Iterator[_Reading]]    # files, what is known of them, readers given
@@ -579,9 +586,12 @@ class _Snapshot:
         places = {label: place for place, label in enumerate(self.labels)}
         self.label = np.array([places[str(record["readers"])] for record in documents], dtype=np.int32)    # of each document
         self.fields = [{"source": record["source"], **{f"meta_{name}": value for name, value in record["metadata"].items()}} for record in documents]
-        self.links = version_links(documents)
+        self.versions = read_versions(documents)
         self.damaged = False
+        self._place, self._length, self._check = (np.ascontiguousarray(rows[name]) for name in ("place", "length", "check"))
+        self.document, self._slot = (np.ascontiguousarray(rows[name]) for name in ("document", "slot"))
         self._order = np.argsort(rows["id"])
+        self.ids = np.ascontiguousarray(rows["id"])
         self._sorted = rows["id"][self._order]
         self._guard = threading.Lock()
         self._kept: dict[Hashable, Any] = {}
@@ -629,23 +639,23 @@ class _Snapshot:
 
     def record(self, row: int) -> dict[str, Any]:
         "Text, context and place of one row. Raises `IndexDamagedError` where the bytes are not those that were written."
-        place = int(self.rows["place"][row])
-        data = bytes(self.texts[place:place + int(self.rows["length"][row])])
-        if zlib.crc32(data) != int(self.rows["check"][row]):
+        place = self._place[row]
+        data: bytes = self.texts[place:place + self._length[row]]
+        if zlib.crc32(data) != self._check[row]:
             raise IndexDamagedError("A text of the index is damaged.", "Run ingest again: it rebuilds the index.")
-        found: dict[str, Any] = json.loads(data)
+        found: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
         return found
 
     def passage(self, row: int, score: float, scores: Mapping[str, float]) -> Passage:
         "A row as a passage."
-        found, document = self.record(row), self.documents[int(self.rows["document"][row])]
+        found, document = self.record(row), self.documents[self.document[row]]
         return Passage(
-            found["text"], document["source"], found["page"], found["section"], round(float(score), 6), self.rows["id"][row].decode(),
+            found["text"], document["source"], found["page"], found["section"], round(float(score), 6), self.ids[row].decode(),
             found["start"], found["end"], dict(document["metadata"]), found["header"], found["context"], dict(scores))
 
     def cosines(self, rows: Any, vector: Any) -> Any:
         "Cosine of each row's vector to `vector`."
-        return self.vectors[self.rows["slot"][rows]] @ (vector / max(float(np.linalg.norm(vector)), 1e-12))
+        return self.vectors[self._slot[rows]] @ (vector / max(float(np.linalg.norm(vector)), 1e-12))
 
     def lexical(self) -> LexicalIndex:
         "The lexical index of these rows: loaded when it is first asked for, built again where its files are damaged."
@@ -658,8 +668,11 @@ class _Snapshot:
 def _mapped(folder: Path, head: Mapping[str, Any]) -> tuple[Any, Any]:
     "The texts (bytes) and the vectors (slots, dimensions), mapped into memory."
     if not head["slots"]:
-        return np.zeros(0, np.uint8), np.zeros((0, head["dimensions"]), np.float32)
-    return np.memmap(folder / _TEXTS, np.uint8, "r"), np.memmap(folder / _VECTORS, np.float32, "r", shape=(head["slots"], head["dimensions"]))
+        return b"", np.zeros((0, head["dimensions"]), np.float32)
+    with (folder / _TEXTS).open("rb") as file:
+        texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    vectors = np.memmap(folder / _VECTORS, np.float32, "r", shape=(head["slots"], head["dimensions"]))
+    return texts, np.asarray(vectors)
 
 
 def _lexical_texts(snapshot: _Snapshot) -> Iterator[str]:
@@ -842,7 +855,7 @@ class _View:
         "Of each document, whether its rows may be found."
         snapshot = self._snapshot
         readable = np.isin(snapshot.label, self._labels)
-        return readable if self._today is None else readable & ~set_aside(snapshot.documents, snapshot.links, readable, self._today)
+        return readable if self._today is None else readable & ~set_aside(snapshot.versions, readable, self._today)
 
     def _rows(self, where: Mapping[str, Any] | None) -> Any:
         "Numbers of the rows that may be found, and the same as a mask."
@@ -850,7 +863,7 @@ class _View:
             documents = self._snapshot.kept((self._key, "documents"), self._allowed)
             for condition in (self._where, where):
                 documents = documents & self._snapshot.meets(condition) if condition else documents
-            mask = documents[self._snapshot.rows["document"]] if len(documents) else np.zeros(0, dtype=bool)
+            mask = documents[self._snapshot.document] if len(documents) else np.zeros(0, dtype=bool)
             return np.flatnonzero(mask), mask
 
         return self._snapshot.kept((self._key, repr(self._where), repr(where)), make)
@@ -863,15 +876,18 @@ class _View:
         "The `n` passages nearest to a vector, nearest first."
         numbers, mask = self._rows(where)
         if len(numbers) > _EXACT:
-            labels = self._snapshot.label[self._snapshot.rows["document"]] if len(self._labels) > 1 else None
+            labels = self._snapshot.kept("labels", lambda: self._snapshot.label[self._snapshot.document]) if len(self._labels) > 1 else None
             numbers = np.concatenate([self._nearest(label, numbers if labels is None else numbers[labels[numbers] == label], mask, vector, n) for label in self._labels])
         cosines = np.round(self._snapshot.cosines(numbers, vector).astype(np.float64), 6)
-        order = np.lexsort((self._snapshot.rows["id"][numbers], -cosines))[:n]
+        if len(numbers) > n:
+            best = np.flatnonzero(cosines >= np.partition(cosines, -n)[-n])
+            numbers, cosines = numbers[best], cosines[best]
+        order = np.lexsort((self._snapshot.ids[numbers], -cosines))[:n]
         return [self._snapshot.passage(int(numbers[place]), cosines[place], {"dense": float(cosines[place])}) for place in order]
 
     def _nearest(self, label: int, numbers: Any, mask: Any, vector: Any, n: int) -> Any:
         "Candidates of one label: all its rows where they are few, else those that its graph finds, more where many are left out."
-        share = self._snapshot.kept(("rows", label), lambda: int((self._snapshot.label[self._snapshot.rows["document"]] == label).sum()))
+        share = self._snapshot.kept(("rows", label), lambda: int((self._snapshot.label[self._snapshot.document] == label).sum()))
         wanted = (n + 8) * max(1, share // max(1, len(numbers)))
         while len(numbers) > _EXACT // 4 and wanted <= _EXACT // 2:
             page = self._store.nearest(self._snapshot.labels[label], vector, wanted)
@@ -893,7 +909,7 @@ class _View:
     def documents(self) -> tuple[Mapping[str, Any], ...]:
         "The source and the metadata of each document that may be found; the same object until the index changes."
         def make() -> tuple[Mapping[str, Any], ...]:
-            found = np.unique(self._snapshot.rows["document"][self._rows(None)[0]])
+            found = np.unique(self._snapshot.document[self._rows(None)[0]])
             return tuple({**self._snapshot.documents[number]["metadata"], "source": self._snapshot.documents[number]["source"]} for number in found)
 
         return self._snapshot.kept((self._key, repr(self._where), "records"), make)
@@ -1385,14 +1401,13 @@ class _Writer:
         self._changes = 0
         self._sweep({number, manifest.generation})    # the previous one stays for readers that are opening it
 
-    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int]) -> tuple[int, dict[str, list[int]]]:
+    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int], dimensions: int | None = None) -> tuple[int, dict[str, list[int]]]:
         "Write rows (pages of ids, vectors, texts, metadata; `sizes`: how many of each label) into a new generation; return its number and its vector files."
         number = self.base._next_generation()
         folder = self.base._folder(number)
         self.base._erase(folder)
         new = self.base._store_at(folder, persist_at=sizes)
-        dimensions = self.base._manifest.dimensions
-        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions)) as draft:
+        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions or self.base._manifest.dimensions)) as draft:
             for page in pages:
                 new.add(*page)
                 draft.append(*page)

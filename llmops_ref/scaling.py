@@ -298,7 +298,7 @@ def ray_session(
     if ray.is_initialized():
         yield ray
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     address, folder = address or os.environ.get("RAY_ADDRESS"), None
     if address:
         ray.init(address=address, **quiet)
@@ -353,12 +353,13 @@ def _start_ray(ray: Any, **options: Any) -> None:
 
 
 def _import_ray() -> Any:
-    "Ray and Ray Data, without usage reports and with errors only on the console."
+    "Ray and Ray Data, without usage reports, and silent: what goes wrong comes as an exception, and standard output is the caller's."
     disable_telemetry()
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")    # of its C++ part; has to be set before the import
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")       # of its C++ part; both have to be set before the import
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")       # messages of the cluster that are not to be printed: all
     ray = require("ray", extra="ray")
     require("ray.data", extra="ray")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return ray
 
 # %% ../nbs/scaling.ipynb #a5fc2552
