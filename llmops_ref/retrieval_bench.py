@@ -429,7 +429,7 @@ def _resume(path: Path, here: BenchResults) -> BenchResults:
         old, new = getattr(there, name), getattr(here, name)
         if old != new:
             raise BenchFileError(f"{path.name} was measured with another {name} ({old}; here: {new}).", "Name another file, or use force.")
-    return replace(here, systems=there.systems)
+    return replace(here, systems=there.systems, note=here.note or there.note)
 
 
 def _ask(name: str, search: Search, question: BenchQuestion, k: int, few: int, embeddings: QuestionEmbedder) -> Found:
@@ -474,7 +474,7 @@ def bench_retrieval(
     )
     path = None if out is None else Path(out)
     if path is not None and not (force and path.is_file()):
-        results = replace(_resume(path, results), note=note or _resume(path, results).note)
+        results = _resume(path, results)
     stored = dict(results.systems)
     with tqdm(total=len(systems) * len(dataset.questions), desc="asking", disable=not progress) as bar:
         for name, system in systems.items():
@@ -640,9 +640,10 @@ def _configurations() -> dict[str, tuple[bool, Retrieval]]:
         for one in switch:
             off.pop(one)
         found[f"+{name}"] = (True, Retrieval(**off))
-    found["full"] = found.pop(f"+{list(_SWITCHES)[-1]}")
+    *others, last = _SWITCHES    # `full` without the last piece is the step before it
+    found["full"] = found.pop(f"+{last}")
     found["without-context"] = (False, Retrieval())
-    found |= {f"without-{name}": (True, Retrieval(**switch)) for name, switch in _SWITCHES.items()}
+    found |= {f"without-{name}": (True, Retrieval(**_SWITCHES[name])) for name in others}
     return found | {"without-meaning": (True, Retrieval(dense_weight=0.0))}
 
 
