@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -260,7 +261,7 @@ def test_the_ablation_adds_one_piece_at_a_time_and_ends_with_the_default():
     names = [name for name in steps if name.startswith("+")]
     assert names[:2] == ["+chunks", "+context"] and steps["full"] == (True, module.Retrieval())
     ladder = [steps[name][1] for name in [*names[1:], "full"]]
-    for before, after in zip(ladder, ladder[1:], strict=False):
+    for before, after in itertools.pairwise(ladder):
         changed = [one.name for one in module.fields(before) if getattr(before, one.name) != getattr(after, one.name)]
         assert len(changed) == 1
     for name, (context, retrieval) in steps.items():
