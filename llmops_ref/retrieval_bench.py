@@ -33,7 +33,7 @@ from .estimates import Estimate, PairedDifference, estimate, holm, paired_differ
 from .retrieval import Glossary, MemoryStore, Retrieval, reciprocal_rank_fusion, retrieve
 
 # %% auto #0
-__all__ = ['METRICS', 'Search', 'DatasetError', 'BenchQuestion', 'BenchDataset', 'places', 'load_dataset', 'Found', 'rank_places',
+__all__ = ['METRICS', 'Search', 'DatasetError', 'BenchQuestion', 'BenchDataset', 'places', 'load_dataset', 'rank_places', 'Found',
            'QuestionEmbedder', 'Built', 'System', 'SystemResult', 'BenchFileError', 'BenchResults', 'bench_retrieval',
            'plain_passages', 'plain_systems', 'ablation_systems', 'knowledge_base_system', 'all_systems']
 
@@ -93,7 +93,7 @@ def places(
     sections = passage.metadata.get("sections") or (passage.section,)
     return tuple(f"{source}#{_slug((section or '').rpartition(' > ')[2])}" for section in sections)
 
-
+# %% ../nbs/retrieval_bench.ipynb #384f9008
 def _wanted(row: Mapping[str, Any], files: frozenset[str]) -> frozenset[str]:
     "The places of a question's evidence; empty where it has none. Raises `ValueError` with what is wrong."
     pages, anchors, source = row.get("reference_pages") or [], row.get("reference_context_ids") or [], row.get("source")
@@ -156,7 +156,27 @@ def load_dataset(
         raise DatasetError(f"{len(kept)} questions with evidence, or two with one id.", "Give at least two questions, each with an id of its own.")
     return replace(dataset, questions=kept, skipped=len(chosen) - len(kept), name=dataset.name + (f"-{split}" if split else ""))
 
-# %% ../nbs/retrieval_bench.ipynb #4caee7bf
+# %% ../nbs/retrieval_bench.ipynb #1ab72293
+def rank_places(
+    passages: Iterable[Passage],    # best first
+    wanted: Iterable[str],          # places with evidence
+) -> tuple[int, ...]:               # ranks of those that were found, best first
+    """Turn passages into a ranking of distinct places.
+
+    In the order given, a passage that brings no new place is skipped; every other one takes the next rank for all the new
+    places that it stands in. So five passages from one page count once.
+    """
+    seen: set[str] = set()
+    ranks, rank, looking = list[int](), 0, set(wanted)
+    for passage in passages:
+        new = set(places(passage)) - seen
+        if new:
+            rank += 1
+            ranks += [rank] * len(new & looking)
+            seen |= new
+    return tuple(ranks)
+
+# %% ../nbs/retrieval_bench.ipynb #a7e11777
 METRICS = ("hit@1", "hit@4", "hit@10", "mrr", "ndcg@10", "first passages")
 
 
@@ -192,26 +212,6 @@ class Found:
         if re.fullmatch(r"hit@[1-9]\d*", metric):
             return float(any(rank <= int(metric[4:]) for rank in self.ranks))
         raise BadInputError(f"There is no metric {metric!r}.", f"Use one of {', '.join(METRICS)}.")
-
-
-def rank_places(
-    passages: Iterable[Passage],    # best first
-    wanted: Iterable[str],          # places with evidence
-) -> tuple[int, ...]:               # ranks of those that were found, best first
-    """Turn passages into a ranking of distinct places.
-
-    In the order given, a passage that brings no new place is skipped; every other one takes the next rank for all the new
-    places that it stands in. So five passages from one page count once.
-    """
-    seen: set[str] = set()
-    ranks, rank, looking = list[int](), 0, set(wanted)
-    for passage in passages:
-        new = set(places(passage)) - seen
-        if new:
-            rank += 1
-            ranks += [rank] * len(new & looking)
-            seen |= new
-    return tuple(ranks)
 
 # %% ../nbs/retrieval_bench.ipynb #28605ea2
 class QuestionEmbedder(Protocol):
@@ -625,7 +625,7 @@ def plain_systems(
         "plain-fusion": System(lambda: index.built(True, True), settings),
     }
 
-# %% ../nbs/retrieval_bench.ipynb #cd05fdf6
+# %% ../nbs/retrieval_bench.ipynb #0d33a42d
 _SWITCHES: dict[str, dict[str, Any]] = {    # what a step adds, and the field of `Retrieval` that takes it out again
     "words": {"dense_weight": 1.0}, "sources": {"sources": None}, "query": {"prepare": None},
     "glossary": {"glossary": None}, "one-a-page": {"one_per_page": False},
@@ -702,7 +702,7 @@ def ablation_systems(
         for name, (context, retrieval) in _configurations().items()
     }
 
-
+# %% ../nbs/retrieval_bench.ipynb #d561b25c
 def knowledge_base_system(
     dataset: BenchDataset,
     embeddings: Any,    # LangChain `Embeddings`
