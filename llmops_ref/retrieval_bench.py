@@ -409,7 +409,9 @@ def _cpu() -> str:
 def _versions() -> dict[str, str]:
     "What may change a result without any change of settings."
     names = ("bm25s", "chromadb", "langchain-text-splitters", "numpy", "onnxruntime", "pypdfium2")
-    found = {"python": platform.python_version(), "llmops-ref": __version__}
+    modules = ("access", "documents", "knowledge_base", "retrieval", "retrieval_bench")
+    code = b"".join((resources.files("llmops_ref") / f"{name}.py").read_bytes() for name in modules)
+    found = {"python": platform.python_version(), "llmops-ref": __version__, "code": sha256(code).hexdigest()[:12]}
     for name in names:
         try:
             found[name] = metadata.version(name)
