@@ -235,7 +235,7 @@ def _html_rows(table: Any) -> list[list[str]]:
         grid.append(_joined_signs(cells))
     if sum(map(len, grid)) * 4 < len(grid) * max(map(len, grid), default=0):
         return [[text for _, _, text in cells] for cells in grid if cells]    # mostly holes: padding it could fill the memory
-    ends = {last for cells in grid for first, last, text in cells if text and (first == last or _VALUE.fullmatch(text))}
+    ends = {last for cells in grid for first, last, text in cells if text and (first == last or (_VALUE.fullmatch(text) and not _YEAR.fullmatch(text)))}
     return [row for row in (_placed(cells, sorted(ends)) for cells in grid) if any(row)]
 
 
@@ -402,7 +402,8 @@ def _lines_of(textpage: Any, turn: Callable[[_Box], _Box], view: _Box) -> list[_
         left, bottom = min(box[0] for box in boxes), min(box[1] for box in boxes)
         right, top = max(box[2] for box in boxes), max(box[3] for box in boxes)
         if right >= view[0] and left <= view[2] and top >= view[1] and bottom <= view[3]:
-            if fresh or abs(bottom - lines[-1].bottom) > max(top - bottom, lines[-1].height):
+            beside = bool(lines) and abs(bottom - lines[-1].bottom) < 0.2 * (top - bottom) and left > lines[-1].words[-1][2]
+            if not lines or (not beside if fresh else abs(bottom - lines[-1].bottom) > max(top - bottom, lines[-1].height)):
                 lines.append(_Line([], bottom, top - bottom, _is_bold(raw, textpage, first)))
             line = lines[-1]
             line.words.append((_characters(codes[first:last + 1]), left, right))
@@ -947,7 +948,7 @@ def _fiscal_year(text: str, kind: str, period_end: str | None, name: str) -> int
         years = set(re.findall(r"(?<!\d)(20[0-4]\d)(?!\d)", name))
         return int(years.pop()) if len(years) == 1 else None
     year, month = int(period_end[:4]), int(period_end[5:7])
-    near = {candidate: counted[candidate] for candidate in (year - 1, year, year + 1) if counted[candidate]}
+    near = {candidate: counted[candidate] for candidate in ((year - 1, year) if month < 7 else (year, year + 1)) if counted[candidate]}
     if (kind in ("10-K", "20-F", "40-F", "10-K/A") and month > 5) or not near:
         return year if month > 5 or (not counted and month > 2) else None
     best = max(near, key=lambda candidate: near[candidate])
@@ -1000,7 +1001,7 @@ def read_document(
     "Read one file's text and structure. Raises `UnreadableDocumentError` with the reason."
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
-        raise UnreadableDocumentError(f"The format {suffix or 'without a suffix'} is not supported.", f"Supported: {', '.join(_READERS)}.")
+        raise UnreadableDocumentError(f"The format {suffix!r} is not supported.", f"Supported: {', '.join(_READERS)}.")
     try:
         if data is None and os.stat(path).st_size > MAX_BYTES:
             raise DocumentTooLargeError("The file is larger than a document can be.", f"The limit is {MAX_BYTES / 2**20:,.0f} MiB: split it.")
@@ -1148,13 +1149,19 @@ def _contexts(document: Document, name: str, limit: int) -> Iterator[tuple[Block
 
 def _fitting(about: Sequence[str], headings: Sequence[str], limit: int) -> str:
     "The parts as one line of at most `limit` tokens: headings are left out from the top, then words from the end."
-    for kept in range(len(headings) + 1):
-        line = " ".join(" | ".join(part for part in (*about, " > ".join(headings[kept:])) if part).split())
+    subject, places = [_printable(part) for part in about], [_printable(part) for part in headings]
+    for kept in range(len(places) + 1):
+        line = " | ".join(part for part in (*subject, " > ".join(filter(None, places[kept:]))) if part)
         if estimate_tokens(line) <= limit:
             break
     while line and estimate_tokens(line) > limit:
         line = line[:-8].rpartition(" ")[0]
-    return "".join(letter for letter in line if letter.isprintable())
+    return line
+
+
+def _printable(text: str) -> str:
+    "A text in one line, without control characters."
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def _headers(text: str, units: Sequence[tuple[int, int]]) -> dict[int, str]:
