@@ -430,7 +430,7 @@ def _resume(path: Path, here: BenchResults) -> BenchResults:
     for name in ("dataset_sha256", "k", "few", "cpu", "versions"):
         old, new = getattr(there, name), getattr(here, name)
         if old != new:
-            raise BenchFileError(f"{path.name} was measured with another {name} ({old}; here: {new}).", "Name another file, or use force.")
+            raise BenchFileError(f"{path.name} holds results of another bench: its {name} is {old}, here {new}.", "Name another file, or use force.")
     return replace(here, systems=there.systems, note=here.note or there.note)
 
 

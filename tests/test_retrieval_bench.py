@@ -383,7 +383,7 @@ def test_results_of_another_bench_are_not_mixed(tmp_path, change, monkeypatch):
         monkeypatch.setattr(module, "_versions", lambda: {"python": "2.7"})
     else:
         monkeypatch.setattr(module, "_cpu", lambda: "abacus")
-    with pytest.raises(BenchFileError, match="was measured with another"):
+    with pytest.raises(BenchFileError, match="holds results of another bench"):
         bench_retrieval(dataset, {"one": fixed(RIGHT)}, HashEmbeddings(), out=out, progress=False, **options)
     assert out.read_bytes() == before
 
