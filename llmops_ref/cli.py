@@ -205,6 +205,19 @@ def _bench_quantization(arguments: argparse.Namespace) -> int:
     print(_as_json(results) if arguments.json else results_table(results))
     return 0
 
+
+def _bench_retrieval(arguments: argparse.Namespace) -> int:
+    from llmops_ref.models import load_embeddings
+    from llmops_ref.retrieval_bench import all_systems, bench_retrieval, load_dataset
+
+    dataset, embeddings = load_dataset(arguments.dataset, split=arguments.split), load_embeddings()
+    results = bench_retrieval(
+        dataset, all_systems(dataset, embeddings, arguments.systems), embeddings, out=arguments.out, k=arguments.k,
+        note=arguments.note, force=arguments.force, progress=not arguments.json,
+    )
+    print(_as_json(results) if arguments.json else results.table(reference=next(iter(results.systems))))
+    return 0
+
 # %% ../nbs/cli.ipynb #9cba2044
 def _opened(arguments: argparse.Namespace) -> Any:
     "The index that the arguments name, which must be there; opened with the model that it records."
@@ -331,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
         sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
     command("demo", _demo, "index the sample handbook and ask three questions")
-    _add_quantization(commands, command)
+    _add_retrieval_bench(_add_quantization(commands, command), command)
     _add_index(commands, command)
     return parser
 
@@ -357,8 +370,8 @@ def _add_index(commands: Any, command: Any) -> None:
     subs["import"].add_argument("--replace", action="store_true", help="put it in the place of what the index holds")
 
 
-def _add_quantization(commands: Any, command: Any) -> None:
-    "The commands `quantize predict` and `bench quantization`."
+def _add_quantization(commands: Any, command: Any) -> Any:
+    "The commands `quantize predict` and `bench quantization`; returns the group of `bench`."
     text = "predict what a quantized model needs"
     group = commands.add_parser("quantize", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
     predict = command("predict", _quantize_predict, "memory of a model by scheme, from its config alone", group)
@@ -382,6 +395,19 @@ def _add_quantization(commands: Any, command: Any) -> None:
     bench.add_argument("--new-tokens", type=int, metavar="N", help="decode steps timed in a repeat")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a row; default: 3")
     bench.add_argument("--minutes", type=float, metavar="M", help="start no further row after this time")
+    bench.add_argument("--force", action="store_true", help="measure again what is there")
+    return group
+
+
+def _add_retrieval_bench(group: Any, command: Any) -> None:
+    "The command `bench retrieval`."
+    bench = command("retrieval", _bench_retrieval, "how often searches find the page that holds the evidence", group)
+    bench.add_argument("dataset", metavar="DATASET", help="a folder with questions.jsonl and pdfs or documents; or handbook")
+    bench.add_argument("--out", required=True, metavar="FILE", help="results; systems that are there are not measured again")
+    bench.add_argument("--systems", nargs="+", metavar="NAME", help="such as plain, full, knowledge-base; default: all")
+    bench.add_argument("--split", metavar="NAME", help="only questions that are marked with it, such as dev")
+    bench.add_argument("--k", type=int, default=40, metavar="N", help="passages asked for, to rank places; default: 40")
+    bench.add_argument("--note", default="", metavar="TEXT", help="kept with the results, such as the data's source and terms")
     bench.add_argument("--force", action="store_true", help="measure again what is there")
 
 

@@ -551,6 +551,49 @@ def test_a_bench_that_cannot_run_exits_with_two_and_writes_nothing(tmp_path, cap
     assert says in capsys.readouterr().err and not (tmp_path / "out.json").exists()
 
 
+@pytest.fixture
+def questions(tmp_path):
+    "A data set of two short reports and three questions about them."
+    (tmp_path / "set" / "documents").mkdir(parents=True)
+    for name, text in (("fees.md", FEES), ("cards.md", CARDS)):
+        (tmp_path / "set" / "documents" / name).write_text(text)
+    rows = [
+        {"id": "a", "user_input": "What does the Premium account cost?", "reference_context_ids": ["fees.md#fees"]},
+        {"id": "b", "user_input": "How long does a new card take after a theft?", "reference_context_ids": ["cards.md#cards"]},
+        {"id": "c", "user_input": "Who is the chair of the bank?", "reference_context_ids": []},
+    ]
+    (tmp_path / "set" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "set"
+
+
+def test_a_retrieval_bench_writes_its_systems_and_goes_on_where_it_stopped(questions, tmp_path, capsys):
+    command = ["bench", "retrieval", str(questions), "--out", str(tmp_path / "out.json"), "--systems", "plain", "knowledge-base", "--json"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert list(first["systems"]) == ["plain", "knowledge-base"] and (first["questions"], first["skipped"]) == (2, 1)
+    assert [row["ranks"] for row in first["systems"]["knowledge-base"]["found"]] == [[1], [1]]
+    assert json.loads((tmp_path / "out.json").read_text()) == first
+    assert main([*command, "--systems", "plain", "knowledge-base", "full"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert list(again["systems"]) == ["plain", "full", "knowledge-base"] and again["systems"]["plain"] == first["systems"]["plain"]
+    assert main(command[:-1]) == 0
+    assert "| plain | 1.00 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--systems", "magic"], "without-context"), (["--k", "0"], "k=0"), (["--split", "test"], "At least two|at least two"), (["--out", "."], "cannot be written")],
+)
+def test_a_retrieval_bench_that_cannot_run_exits_with_two_and_writes_nothing(questions, tmp_path, capsys, options, says):
+    assert main(["bench", "retrieval", str(questions), "--out", str(tmp_path / "out.json"), *options]) == 2
+    assert re.search(says, capsys.readouterr().err) and not (tmp_path / "out.json").exists()
+
+
+def test_a_retrieval_bench_without_a_data_set_says_what_is_missing(tmp_path, capsys):
+    assert main(["bench", "retrieval", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 2
+    assert "questions.jsonl" in capsys.readouterr().err
+
+
 # ---- an index as a whole
 
 
