@@ -300,6 +300,25 @@ _KINDS = {
 }
 
 
+_BY_NAME: dict[int, tuple[Sequence[Mapping[str, Any]], dict[str, list[int]]]] = {}    # by identity; holding the documents keeps the number theirs
+
+
+def _documents_by_name(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[int]]:
+    "Positions of documents by what a question may call their company; kept for a tuple, because a store gives the same one again."
+    kept = _BY_NAME.get(id(documents))
+    if kept is not None and kept[0] is documents:
+        return kept[1]
+    table: dict[str, list[int]] = {}
+    for number, item in enumerate(documents):
+        for name in _names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem):
+            table.setdefault(name, []).append(number)
+    if isinstance(documents, tuple):
+        if len(_BY_NAME) >= 64:
+            _BY_NAME.clear()
+        _BY_NAME[id(documents)] = documents, table
+    return table
+
+
 def infer_sources(
     question: str,
     documents: Sequence[Mapping[str, Any]],    # one record each: source, company, ticker, document_type, fiscal_year, period_end
@@ -308,10 +327,8 @@ def infer_sources(
     text = question.lower()
     words = re.findall(r"[a-z0-9]+", _plain(question))
     asked = {"".join(words[start:start + length]) for length in (1, 2, 3, 4) for start in range(len(words))}
-    found = [
-        item for item in documents
-        if not asked.isdisjoint(_names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem))
-    ]
+    named = _documents_by_name(documents)
+    found = [documents[number] for number in sorted({number for name in asked for number in named.get(name, ())})]
     if years := _years(text):
         dated = [(item, _years(" ".join(str(item.get(name, "")) for name in ("source", "fiscal_year", "period_end")))) for item in found]
         for wanted in ({max(years)}, years, {max(years) + 1}):

@@ -300,12 +300,12 @@ def ray_session(
         return
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     address, folder = address or os.environ.get("RAY_ADDRESS"), None
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        folder = tempfile.mkdtemp(prefix="ray-")    # short: the names of sockets in it must have fewer than 108 bytes
-        _start_ray(ray, num_cpus=workers, num_gpus=gpus, object_store_memory=object_store, _temp_dir=folder, **quiet)
     try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            folder = tempfile.mkdtemp(prefix="ray-")    # short: the names of sockets in it must have fewer than 108 bytes
+            _start_ray(ray, num_cpus=workers, num_gpus=gpus, object_store_memory=object_store, _temp_dir=folder, **quiet)
         yield ray
     finally:
         ray.shutdown()
