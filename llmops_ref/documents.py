@@ -117,6 +117,7 @@ def _read_text(data: bytes) -> Document:
 
 # %% ../nbs/documents.ipynb #4ed64b75
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+_MAX_FRONT_MATTER = 65_536    # characters; reading YAML takes time with the square of what is open
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 
 
@@ -124,6 +125,8 @@ def _read_markdown(data: bytes) -> Document:
     "Markdown: YAML front matter becomes metadata, headings become sections, comments are dropped."
     text, metadata = _decode(data), dict[str, Any]()
     if match := _FRONT_MATTER.match(text):
+        if len(match.group(1)) > _MAX_FRONT_MATTER or sum(match.group(1).count(sign) for sign in "[{") > 500:
+            raise DocumentTooLargeError("The front matter is longer, or nests deeper, than metadata is.", "Move it into the text.")
         try:
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match.group(1), yaml.SafeLoader)):
                 raise ValueError("a few lines of aliases can stand for gigabytes")
