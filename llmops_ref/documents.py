@@ -366,6 +366,7 @@ class Chunk:
     page: int | None = None
     section: str | None = None
     header: str | None = None       # where the chunk begins inside a table: the table's header row
+    context: str = ""               # one line on what the chunk is about: indexed before the text, never quoted
 
 
 def split_document(
@@ -442,6 +443,8 @@ class Passage:
     end: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)    # the document's own: title, effective_date, …
     header: str | None = None       # where the text begins inside a table: the table's header row
+    context: str = ""               # what the chunk is about: indexed before the text, never quoted
+    scores: Mapping[str, float] = field(default_factory=dict)    # what each stage of a retrieval gave: "dense", "lexical", "fused", …
 
     @property
     def place(self) -> str:
