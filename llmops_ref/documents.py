@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import html
 import io
+import itertools
 import json
 import math
-import re
 import os
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,17 @@ import yaml
 from .core import BadInputError, require
 
 # %% auto #0
-__all__ = ['SUPPORTED_SUFFIXES', 'TABLE_RULE', 'UnreadableDocumentError', 'Block', 'Document', 'read_document', 'estimate_tokens',
-           'sentences', 'Chunk', 'split_document', 'Passage']
+__all__ = ['MAX_PAGE_CHARACTERS', 'MAX_PAGES', 'SUPPORTED_SUFFIXES', 'TABLE_RULE', 'UnreadableDocumentError',
+           'DocumentTooLargeError', 'Block', 'Document', 'read_document', 'estimate_tokens', 'sentences', 'Chunk',
+           'split_document', 'Passage']
 
 # %% ../nbs/documents.ipynb #044c0389
 class UnreadableDocumentError(BadInputError):
     "A file holds no text that we can read; the text says why. During an ingest it becomes a row in `failed`."
+
+
+class DocumentTooLargeError(UnreadableDocumentError):
+    "A file would take more memory or time than any honest document does; the text names the limit."
 
 # %% ../nbs/documents.ipynb #308e5873
 @dataclass(frozen=True)
@@ -51,46 +59,547 @@ class Document:
 
 def _document(parts: Iterable[tuple[str, int | None, str | None]], metadata: Mapping[str, Any] | None = None) -> Document:
     "Join `(text, page, section)` parts with an empty line between them, and note where each came to stand."
-    text, blocks = "", []
+    bodies, blocks, start = list[str](), list[Block](), 0
     for body, page, section in parts:
-        if body.strip():
-            start = len(text) + 2 if text else 0
-            text += ("\n\n" if text else "") + body.strip()
-            blocks.append(Block(start, len(text), page, section))
+        if body := body.strip():
+            blocks.append(Block(start, start + len(body), page, section))
+            bodies.append(body)
+            start += len(body) + 2
     if not blocks:
         raise UnreadableDocumentError("The file holds no text.", "If it is a scan, run text recognition (OCR) first.")
-    return Document(text, tuple(blocks), dict(metadata or {}))
+    return Document("\n\n".join(bodies), tuple(blocks), dict(metadata or {}))
 
 # %% ../nbs/documents.ipynb #36db65f3
-_PDF_TAIL = 2048    # a complete PDF ends with %%EOF; viewers accept a little after it
+_HYPHENS = frozenset((0x02, 0xFFFE))               # PDFium's marks for a hyphen that the layout put at a line's end
+_BREAKS = frozenset((0x0A, 0x0D))
+_BLANKS = frozenset((0x00, 0x09, 0x20, 0xA0)) | _BREAKS
+MAX_PAGE_CHARACTERS = 200_000                      # a page with more keeps its text and loses its layout
+
+
+@dataclass(slots=True)
+class _Line:
+    "One line of a page: its words, and where it stands in points from the page's lower left corner."
+
+    words: list[tuple[str, float, float]]    # text, left, right
+    bottom: float
+    height: float
+    bold: bool = False
+    glued: bool = False                      # ends in a hyphen of the layout: the next line goes on with the word
+
+    @property
+    def text(self) -> str:
+        "The line's words with single spaces."
+        return " ".join(word for word, _, _ in self.words)
+
+
+def _word_spans(codes: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
+    "The words among a page's characters: `(first, last, whether the line ends behind it)`."
+    first, count = None, len(codes)
+    for index, code in enumerate(codes):
+        if code in _BLANKS:
+            continue
+        first = index if first is None else first
+        if index + 1 == count or codes[index + 1] in _BLANKS:
+            ahead = index + 1
+            while ahead < count and codes[ahead] in _BLANKS - _BREAKS:
+                ahead += 1
+            yield first, index, ahead == count or codes[ahead] in _BREAKS
+            first = None
+
+# %% ../nbs/documents.ipynb #2044443f
+_Box = tuple[float, float, float, float]           # left, bottom, right, top
+
+
+def _pdf_lines(pdf: Any, number: int) -> list[_Line]:
+    "The lines of one page in PDFium's reading order, without what stands outside of the page."
+    with contextlib.closing(pdf[number]) as page, contextlib.closing(page.get_textpage()) as textpage:
+        if textpage.count_chars() > MAX_PAGE_CHARACTERS:
+            plain = str(textpage.get_text_bounded()).replace("\x00", "").splitlines()
+            return [_Line([(line.strip(), 0, 0)], -2.0 * place, 1) for place, line in enumerate(plain) if line.strip()]
+        view, rotation = page.get_bbox(), page.get_rotation()
+        return _lines_of(textpage, lambda box: _turn(box, view, rotation), _turn(view, view, rotation))
+
+
+def _lines_of(textpage: Any, turn: Callable[[_Box], _Box], view: _Box) -> list[_Line]:
+    "Gather a text page's words into lines; `turn` brings a box into the page as it is shown."
+    raw = require("pypdfium2.raw", extra="rag")
+    codes = [raw.FPDFText_GetUnicode(textpage, index) for index in range(textpage.count_chars())]
+    lines: list[_Line] = []
+    fresh = True
+    for first, last, ends in _word_spans(codes):
+        boxes = [turn(_character_box(raw, textpage, index)) for index in {first, last}]
+        left, bottom = min(box[0] for box in boxes), min(box[1] for box in boxes)
+        right, top = max(box[2] for box in boxes), max(box[3] for box in boxes)
+        if right >= view[0] and left <= view[2] and top >= view[1] and bottom <= view[3]:
+            if fresh or abs(bottom - lines[-1].bottom) > max(top - bottom, lines[-1].height):
+                lines.append(_Line([], bottom, top - bottom, _is_bold(raw, textpage, first)))
+            line = lines[-1]
+            line.words.append((_characters(codes[first:last + 1]), left, right))
+            line.height = max(line.height, top - bottom)
+            line.glued = ends and codes[last] in _HYPHENS
+            line.bold = line.bold and (not ends or _is_bold(raw, textpage, last))
+            fresh = False
+        fresh = fresh or ends
+    return lines
+
+
+def _characters(codes: Sequence[int]) -> str:
+    "Code points as text; the halves of a surrogate pair become one character."
+    text = "".join("-" if code in _HYPHENS else chr(code) for code in codes)
+    if any(0xD800 <= code < 0xE000 for code in codes):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _character_box(raw: Any, textpage: Any, index: int) -> _Box:
+    "The box of one character with its font's full height, so that all letters of a line share a bottom."
+    box = raw.FS_RECTF()
+    raw.FPDFText_GetLooseCharBox(textpage, index, box)
+    return box.left, box.bottom, box.right, box.top
+
+
+def _turn(box: _Box, view: _Box, rotation: int) -> _Box:
+    "A box of a page that is shown turned clockwise by `rotation` degrees, as it is shown."
+    left, bottom, right, top = box
+    if rotation == 90:
+        return bottom, view[2] - right, top, view[2] - left
+    if rotation == 180:
+        return view[2] - right, view[3] - top, view[2] - left, view[3] - bottom
+    return (view[3] - top, left, view[3] - bottom, right) if rotation == 270 else box
+
+
+def _is_bold(raw: Any, textpage: Any, index: int) -> bool:
+    "Whether a character's font calls itself bold: weights are missing or wrong in many files."
+    name = ctypes.create_string_buffer(80)
+    raw.FPDFText_GetFontInfo(textpage, index, name, 80, ctypes.c_int())
+    return re.search(rb"bold|black|heavy", name.value, re.IGNORECASE) is not None
+
+# %% ../nbs/documents.ipynb #23be9932
+_WINDOW = 6             # pages looked at before and behind a page
+_MARGIN = 0.13          # the share of a page's height where running headers and footers stand
+_MEANINGFUL = re.compile(
+    r"\b(?:thousand|million|billion|percent|per share|ended|as of|January|February|March|April|May|June|July|August|"
+    r"September|October|November|December|unaudited)s?\b|(?:19|20)\d\d", re.IGNORECASE)
+
+
+def _edge_lines(lines: Sequence[_Line]) -> list[_Line]:
+    "The lines near the page's upper and lower edge, three heights of text each at most."
+    top, bottom = max(line.bottom for line in lines), min(line.bottom for line in lines)
+    levels = sorted({round(line.bottom / 3) for line in lines})
+    outer, margin = {*levels[:3], *levels[-3:]}, _MARGIN * (top - bottom)
+    return [
+        line for line in lines
+        if round(line.bottom / 3) in outer and (line.bottom > top - margin or line.bottom < bottom + margin)
+    ]
+
+
+def _forms(text: str, number: int) -> set[str]:
+    "A line as it stands, and with each of its numbers in turn counted from the page's own."
+    found = list(itertools.islice(re.finditer(r"(?<!\d)\d{1,5}(?!\d)", text), 4))
+    return {text, *(f"{text[:one.start()]}\x00{int(one.group()) - number}{text[one.end():]}" for one in found)}
+
+
+def _without_repeats(pages: Iterable[tuple[int, list[_Line]]]) -> Iterator[tuple[int, list[_Line]]]:
+    "Drop running headers, footers and page numbers from pages of lines."
+    window: deque[tuple[int, list[_Line], dict[int, set[str]]]] = deque()
+    waiting = 0    # pages at the window's end that have not been given out
+    for number, lines in pages:
+        edges = {id(line): _forms(line.text, number) for line in _edge_lines(lines)} if lines else {}
+        window.append((number, lines, edges))
+        waiting += 1
+        if waiting > _WINDOW:
+            yield _cleaned(window, len(window) - waiting)
+            waiting -= 1
+        if len(window) > 2 * _WINDOW:
+            window.popleft()
+    while waiting:
+        yield _cleaned(window, len(window) - waiting)
+        waiting -= 1
+
+
+def _cleaned(window: Sequence[tuple[int, list[_Line], dict[int, set[str]]]], place: int) -> tuple[int, list[_Line]]:
+    "The page at `place` of the window, without the lines that its neighbours have too."
+    number, lines, edges = window[place]
+    seen = Counter(form for _, _, other in window for form in set().union(*other.values()))
+    enough = min(3, max(2, len(window)))
+
+    def repeats(line: _Line) -> bool:
+        counts = {form: seen[form] for form in edges.get(id(line), ())}
+        exact = counts.pop(line.text, 0)
+        needed = max(4, 0.7 * len(window)) if _MEANINGFUL.search(line.text) else max(enough, 0.4 * len(window))
+        return max(counts.values(), default=0) >= enough or exact >= needed
+
+    return number, [line for line in lines if not repeats(line)]
+
+# %% ../nbs/documents.ipynb #48feed0f
+_MONTH = (r"(?:January|February|March|April|May|June|July|August|September|October|November|December"
+          r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?")
+_MARK = r"(?:\s?\([a-z\d]\)|[*†])?"                # a footnote's mark
+_VALUE = re.compile(
+    r"[-–—+($€£¥ ]*(?:\d[\d,.]*|[-–—]+|n/?[am]\.?|nm)[)%xX¢ ]*(?:bps?|pts?|pp)?[)%]*" + _MARK, re.IGNORECASE)
+_YEAR = re.compile(r"(?:FY ?|fiscal )?(?:19|20)\d\d[AEF]?" + _MARK, re.IGNORECASE)
+_DATE = re.compile(_MONTH + r" \d{1,2},?(?: (?:19|20)\d\d)?" + _MARK, re.IGNORECASE)
+_UNIT = re.compile(
+    r"\b(?:in|of) (?:US |U\.S\. )?(?:dollars |\$ ?)?(?:thousand|million|billion)s?\b|per[- ]share (?:data|amount|info)"
+    r"|\b(?:thousand|million|billion)s?\b.*\bexcept\b|\([$€£¥]\s?(?:in )?(?:thousand|million|billion|bn|mm?|k)\b", re.IGNORECASE)
+_SPANNING = re.compile(
+    rf"\b(?:ended|ending|months?|years?|weeks?|quarters?|fiscal|as of)\b|{_MONTH}|^(?:19|20)\d\d$", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class _Cell:
+    "A stretch of a line without a wide gap in it."
+
+    text: str
+    left: float
+    right: float
+
+    @property
+    def is_value(self) -> bool:
+        "Whether the text is a number, a percentage, a dash or \"n/a\"."
+        return _VALUE.fullmatch(self.text) is not None
+
+    @property
+    def middle(self) -> float:
+        "The horizontal middle."
+        return (self.left + self.right) / 2
+
+
+def _cells(line: _Line) -> list[_Cell]:
+    "Cut a line where a gap is wider than a space; a currency sign joins the number behind it, a percent sign the one before."
+    cells: list[_Cell] = []
+    for word, left, right in line.words:
+        gap = left - cells[-1].right if cells else 0.0
+        numbers = bool(cells) and cells[-1].is_value and cells[-1].text[-1] != "," and (word in "$€£¥" or _VALUE.fullmatch(word))
+        if cells and (re.fullmatch(r"[$€£¥(]+", cells[-1].text) or (gap < line.height and re.fullmatch(r"[)%]+", word))):
+            cells[-1].text += word
+            cells[-1].right = right
+        elif not cells or gap > 0.9 * line.height or (numbers and gap > 0.42 * line.height):
+            cells.append(_Cell(word, left, right))
+        else:
+            cells[-1].text += " " + word
+            cells[-1].right = right
+    return cells
+
+
+def _is_row(cells: Sequence[_Cell]) -> bool:
+    "Whether a line looks like a table's row: a label, and values behind it."
+    return any(cell.is_value for cell in cells[1:]) and (cells[-1].is_value or len(cells) > 2) and not _is_dates(cells)
+
+
+def _is_dates(cells: Sequence[_Cell]) -> bool:
+    "Whether a line holds years or dates and no other values: a header."
+    rest = cells if _YEAR.fullmatch(cells[0].text) or _DATE.fullmatch(cells[0].text) else cells[1:]
+    dates = [bool(_YEAR.fullmatch(cell.text) or _DATE.fullmatch(cell.text)) for cell in rest]
+    return any(dates) and all(date or not cell.is_value for date, cell in zip(dates, rest, strict=True))
+
+# %% ../nbs/documents.ipynb #46a5123b
+_Columns = list[tuple[float, float]]               # the left and right edge of each column of values
+
+
+def _columns(rows: Iterable[Sequence[_Cell]], known: Iterable[tuple[float, float]] = ()) -> _Columns:
+    "The columns that the values of `rows` stand in: overlapping ones are one column."
+    return _merged([*known, *((cell.left, cell.right) for cells in rows for cell in cells if cell.is_value)])
+
+
+def _merged(spans: Iterable[tuple[float, float]]) -> _Columns:
+    "Join spans that overlap."
+    columns: _Columns = []
+    for left, right in sorted(spans):
+        if columns and left < columns[-1][1]:
+            columns[-1] = (columns[-1][0], max(right, columns[-1][1]))
+        else:
+            columns.append((left, right))
+    return columns
+
+
+def _overlap(cell: _Cell, column: tuple[float, float]) -> float:
+    "How many points a cell and a column share; below zero, how far they are apart."
+    return min(cell.right, column[1]) - max(cell.left, column[0])
+
+
+def _nearest(cell: _Cell, columns: _Columns) -> int:
+    "The column that a cell shares most with, or lies nearest to."
+    return max(range(len(columns)), key=lambda number: _overlap(cell, columns[number]))
+
+
+def _grow(lines: Sequence[_Line], grid: Sequence[Sequence[_Cell]], first: int) -> tuple[list[int], _Columns]:
+    "The rows of the table that begins at line `first`, and its columns; up to four lines of labels may stand between rows."
+    members, columns, bottom = [first], _columns([grid[first][1:]]), lines[first].bottom
+    for here in range(first + 1, len(lines)):
+        cells, line = grid[here], lines[here]
+        if here - members[-1] > 5 or not -0.5 * line.height <= bottom - line.bottom < 5 * line.height:
+            break
+        bottom = line.bottom
+        if _is_row(cells):
+            own = _columns([cells[1:]])
+            if 2 * sum(any(_overlap(_Cell("", *span), other) > 0 for other in columns) for span in own) < len(own):
+                break
+            members.append(here)
+            columns = _columns([cells[1:]], columns)
+        elif (_is_dates(cells) and len(cells) > 1) or line.words[-1][2] > columns[0][0] + line.height:
+            break    # the header of another table, or prose
+    return members, columns
+
+# %% ../nbs/documents.ipynb #15236c92
+@dataclass(slots=True)
+class _Table:
+    "A table on a page: the lines it takes, and its rows of equal length; `rows[0]` is the header where there is one."
+
+    first: int
+    last: int
+    rows: list[list[str]]
+    has_header: bool
+
+
+def _tables(lines: Sequence[_Line]) -> list[_Table]:
+    "Find the tables among a page's lines."
+    grid = [_cells(line) for line in lines]
+    tables: list[_Table] = []
+    start = 0
+    while start < len(lines):
+        members, columns = _grow(lines, grid, start) if _is_row(grid[start]) else ([], [])
+        if len(members) > 1:
+            tables.append(_build(lines, grid, members, columns, tables[-1].last + 1 if tables else 0))
+            start = tables[-1].last
+        start += 1
+    return tables
+
+
+def _build(lines: Sequence[_Line], grid: Sequence[Sequence[_Cell]], members: list[int], columns: _Columns, floor: int) -> _Table:
+    "Put the cells of a table into rows, with the header and labels found above it, not above line `floor`."
+    others = [
+        (cell.left, cell.right)
+        for member in members for cell in grid[member]
+        if cell.left > columns[0][0] and all(_overlap(cell, column) <= 0 for column in columns)
+    ]
+    columns = sorted(columns + _merged(others))
+    above, labels, unit = _above(lines, grid, members[0], columns, floor)
+    header = _header(lines, grid, above, columns, lines[unit].text if unit is not None else "")
+    rows: list[list[str]] = []
+    widest = max((grid[number][0].right for number in range(members[0], members[-1] + 1) if grid[number][0].right < columns[0][0]), default=0.0)
+    for number in [*labels, *range(members[0], members[-1] + 1)]:
+        row = _row(grid[number], columns, number in members)
+        before = lines[number - 1]
+        wraps = row[0][:1].islower() or (before.words[-1][2] > widest - 2 * before.height and not before.text.endswith(":"))
+        if rows and row[0] and wraps and (not any(rows[-1][1:]) or (row[0][:1].islower() and not any(row[1:]))):
+            row[0] = rows[-1][0] + ("" if before.glued else " ") + row[0]
+            rows[-1] = [row[0], *(cell or other for cell, other in zip(row[1:], rows[-1][1:], strict=True))]
+        else:
+            rows.append(row)
+    first = min([members[0], *above, *labels, *([unit] if unit is not None else [])])
+    return _Table(first, members[-1], ([header] if any(header) else []) + rows, any(header))
+
+
+def _row(cells: Sequence[_Cell], columns: _Columns, has_values: bool) -> list[str]:
+    "A line's cells as `[label, value, ...]`."
+    row = [""] * (len(columns) + 1)
+    for cell in cells:
+        is_label = not has_values or (not cell.is_value and cell.middle < columns[0][0]) or (cell is cells[0] and len(cells) > 1 and cell.right < columns[0][0])
+        place = 0 if is_label else 1 + _nearest(cell, columns)
+        row[place] += (" " if row[place] else "") + cell.text
+    return row
+
+# %% ../nbs/documents.ipynb #12dc4cb9
+def _above(
+    lines: Sequence[_Line],
+    grid: Sequence[Sequence[_Cell]],
+    first: int,
+    columns: _Columns,
+    floor: int,
+) -> tuple[list[int], list[int], int | None]:
+    "What belongs to a table above its row `first`: header lines, lines of labels under the header, and the line of the unit."
+    found, labels, unit = list[int](), list[int](), None
+    bottom, height = lines[first].bottom, lines[first].height
+    for number in range(first - 1, max(floor, first - 15) - 1, -1):
+        line, cells = lines[number], grid[number]
+        inside = [cell for cell in cells if cell.middle > columns[0][0] - 2 * height]
+        if not -12 * height < line.bottom - bottom < 4 * height or line.text.endswith((".", ";")) or len(line.text) > 160:
+            break
+        if len(cells) == 1 and _UNIT.search(line.text) and (unit is None) and len(line.text) < 120:
+            unit = number
+        elif len(cells) == 1 and not inside:
+            if found or unit is not None or len(labels) == 2 or line.height > 1.3 * height:
+                break
+            labels.append(number)
+        elif inside and all(len(cell.text) < 70 for cell in cells) and (len(cells) > 1 or cells[0].left > columns[0][0] - 8 * height):
+            if unit is not None and not _SPANNING.search(line.text):
+                break
+            found.append(number)
+        else:
+            break
+        bottom = max(bottom, line.bottom)
+    if not found:
+        return [], [], unit if unit == first - 1 else None
+    return sorted(found), sorted(label for label in labels if label > max(found)), unit
+
+
+def _header(lines: Sequence[_Line], grid: Sequence[Sequence[_Cell]], above: Sequence[int], columns: _Columns, unit: str) -> list[str]:
+    "The header's cells, joined from top to bottom; a period that stands over several columns goes to each of them."
+    header = [[unit], *([] for _ in columns)] if unit else [[] for _ in range(len(columns) + 1)]
+    levels: dict[int, list[_Cell]] = {}
+    for number in above:
+        levels.setdefault(round(lines[number].bottom / 3), []).extend(grid[number])
+    for _, cells in sorted(levels.items(), reverse=True):
+        inside = [cell for cell in cells if cell.middle > columns[0][0] - 2 * lines[above[0]].height]
+        header[0] += [cell.text for cell in cells if cell not in inside]
+        periods = [cell for cell in inside if _SPANNING.search(cell.text)]
+        for cell in inside:
+            if cell not in periods:
+                over = [place for place, column in enumerate(columns) if _overlap(cell, column) > (column[1] - column[0]) / 2]
+                for place in over or [_nearest(cell, columns)]:
+                    header[place + 1].append(cell.text)
+        taken = {_nearest(cell, columns) for cell in inside if cell not in periods}
+        for place, (left, right) in enumerate(columns):
+            if periods and (place not in taken or (len(periods) == 1 and periods[0].right - periods[0].left > right - left)):
+                nearest = min(periods, key=lambda cell: (max(cell.left - right, left - cell.right, 0), abs(cell.middle - (left + right) / 2)))
+                header[place + 1].append(nearest.text)
+    return [" ".join(texts) for texts in header]
+
+# %% ../nbs/documents.ipynb #c4acd365
+_STATEMENT = re.compile(
+    r"(?:u\.s\. gaap )?(?:interim )?(?:unaudited )?(?:condensed )?(?:consolidated )?(?:condensed )?(?:balance sheets?"
+    r"|statements? of (?:consolidated )?(?:comprehensive |changes in )?(?:income|operations|earnings|loss|cash flows?|financial (?:position|condition)"
+    r"|(?:stock|share)(?:holders|owners)['’]? ?(?:equity|investment|deficit)|equity|(?:total )?shareholders)\b.{0,50})(?: \(.*\))?", re.IGNORECASE)
+_FIXED = (
+    (re.compile(r"PART [IVX]+\b.{0,60}"), 1),
+    (re.compile(r"Item\s+\d+[A-C]?\b[.:]?.{0,120}", re.IGNORECASE), 2),
+    (re.compile(r"(?i:note) \d+\s?[.:—–-]?\s?[^\W\d_].{2,100}|(?i:notes to ).{0,80}|(?i:reports? of independent ).{0,80}"
+                r"|EXHIBIT INDEX|(?i:signatures?|certifications?)"), 3),
+    (_STATEMENT, 3),
+)
+_Level = tuple[float, ...]
+
+
+_NO_HEADING = re.compile(rf"[•▪·(|$].*|.*\b(?:ended|ending|and|or|of|the|in|to|a|for)\W*|.*\bended\b.*|(?:{_MONTH}|[\d\W])*", re.IGNORECASE)
+
+
+def _heading_level(line: _Line, page: _Line) -> _Level | None:
+    "The rank of a line as a heading, smaller is higher; None for anything else. `page` has the page's text height and edges."
+    text, letters = line.text, [letter for letter in line.text if letter.isalpha()]
+    words, left, right = len(text.split()), line.words[0][1], line.words[-1][2]
+    if len(letters) < 3 or len(text) > 130 or words > 18 or text[0].islower() or len(_cells(line)) > 1 or _UNIT.search(text):
+        return None
+    capitals = sum(letter.isupper() for letter in letters) > 0.9 * len(letters)
+    stands_out = line.bold or capitals or line.height > 1.12 * page.height
+    for pattern, rank in _FIXED:
+        title = pattern is _STATEMENT and text.endswith(("s", "S", ")", "y", "Y", "e", "E", "n", "N")) and sum(map(str.isupper, text)) > words / 2
+        if pattern.fullmatch(text) and (stands_out or title) and text[-1] != ",":
+            return (rank,)
+    edges = (page.words[0][1], page.words[0][2])
+    placed = left - edges[0] < 6 * line.height or abs(left + right - sum(edges)) < 6 * line.height    # at the margin, or centred
+    if not stands_out or not placed or text[-1] in ".,;:" or words > 14 or len(letters) < 0.6 * len(text.replace(" ", "")) or _NO_HEADING.fullmatch(text):
+        return None
+    return (4, -round(line.height / page.height, 1), not capitals, not line.bold)
+
+
+def _page_items(lines: Sequence[_Line]) -> list[tuple[_Level | None, str]]:
+    "A page as headings, paragraphs and Markdown tables in order: `(rank of a heading or None, text)`."
+    tables = {table.first: table for table in _tables(lines)}
+    heights = Counter[float]()
+    for line in lines:
+        heights[line.height] += len(line.text)
+    edges = ("", min((line.words[0][1] for line in lines), default=0.0), max((line.words[-1][2] for line in lines), default=0.0))
+    page = _Line([edges], 0, heights.most_common(1)[0][0] if heights else 1.0)
+    items: list[tuple[_Level | None, str]] = []
+    number = 0
+    while number < len(lines):
+        if number in tables:
+            items.append((None, _table(tables[number].rows, tables[number].has_header)))
+            number = tables[number].last
+        else:
+            items += _prose_item(lines, number, items, _heading_level(lines[number], page))
+        number += 1
+    return items
+
+
+def _prose_item(lines: Sequence[_Line], number: int, items: list[tuple[_Level | None, str]], level: _Level | None) -> list[tuple[_Level | None, str]]:
+    "One line as an item; a line that goes on with the paragraph above is joined to it, with a line break between them."
+    line, before = lines[number], lines[number - 1] if number else None
+    near = before is not None and -0.5 * line.height < before.bottom - line.bottom < 1.75 * line.height
+    if items and near and not items[-1][1].startswith("|"):
+        last, text = items[-1]
+        if before is not None and before.glued:
+            items[-1] = (last, text + line.text)
+            return []
+        if level is None and last is None:
+            items[-1] = (None, f"{text}\n{line.text}")
+            return []
+        if level and last and _wraps(before, line):
+            items[-1] = (last, f"{text} {line.text}")
+            return []
+    return [(level, line.text)]
+
+
+def _wraps(before: _Line | None, line: _Line) -> bool:
+    "Whether a heading goes on in the next line: the line above is long, and set alike."
+    return (
+        before is not None and len(before.text) > 40 and before.bold == line.bold and abs(before.height - line.height) < 0.5
+        and before.text.isupper() == line.text.isupper() and not any(pattern.fullmatch(line.text) for pattern, _ in _FIXED)
+    )
+
+# %% ../nbs/documents.ipynb #4acedf76
+_PDF_TAIL = 2048         # a complete PDF ends with %%EOF; viewers accept a little after it
+MAX_PAGES = 10_000       # a file may claim two thousand million pages
+_FULL_SECTION = 200      # characters; a heading that follows sooner stays inside of the section
+_FEW = 80                # characters; fewer than these above a heading belong to it
 
 
 def _read_pdf(data: bytes) -> Document:
-    "Read the text layer of every page; an empty user password is tried on encrypted files."
+    "Read a PDF page by page; an empty user password is tried on encrypted files."
     pdfium = require("pypdfium2", extra="rag")
     if b"%%EOF" not in data[-_PDF_TAIL:]:
         raise UnreadableDocumentError("The PDF is truncated: its end marker is missing.", "Copy the file again.")
     try:
         pdf = pdfium.PdfDocument(data)
+        with contextlib.closing(pdf):
+            if len(pdf) > MAX_PAGES:
+                raise DocumentTooLargeError(f"The PDF claims {len(pdf):,} pages; the limit is {MAX_PAGES:,}.", "Split it into volumes.")
+            pages = ((number + 1, _pdf_lines(pdf, number)) for number in range(len(pdf)))
+            title = pdf.get_metadata_dict(skip_empty=True).get("Title", "")
+            return _document(_pdf_parts(_without_repeats(pages)), {"title": title} if title else {})
     except pdfium.PdfiumError as error:
         if "password" in str(error).lower():
             raise UnreadableDocumentError("The PDF is protected by a password.", "Save a copy without one.") from error
         raise UnreadableDocumentError(f"The PDF cannot be opened ({error}).", "Copy or export the file again.") from error
-    with contextlib.closing(pdf):
-        parts = [(_pdf_page(pdf, number), number + 1, None) for number in range(len(pdf))]
-        title = pdf.get_metadata_dict(skip_empty=True).get("Title", "")
-    return _document(parts, {"title": title} if title else {})
 
 
-def _pdf_page(pdf: Any, number: int) -> str:
-    "The text of one page; PDFium marks a hyphen at a line's end with U+0002 or U+FFFE."
-    page = pdf[number]
-    textpage = page.get_textpage()
-    text = str(textpage.get_text_bounded())
-    textpage.close()
-    page.close()
-    text = re.sub("[\x02\ufffe](\r?\n)?", "-", text).replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"[ \t\xa0]+\n", "\n", text.replace("\x00", ""))
+def _pdf_parts(pages: Iterable[tuple[int, list[_Line]]]) -> Iterator[tuple[str, int | None, str | None]]:
+    "Pages as `(text, page, section)`; a section goes on over the end of a page."
+    path: list[tuple[_Level, str]] = []
+    for number, lines in pages:
+        items = _page_items(lines)
+        place = _place_of_page(number, "\n".join(text for _, text in items))
+        held, has_body, section = list[str](), False, _path(path)
+        for level, text in items:
+            if level is not None and not place:
+                size = sum(map(len, held))
+                if has_body and size >= (_FEW if level < (4,) else _FULL_SECTION):
+                    yield "\n\n".join(held), number, section
+                    held, has_body, size = [], False, 0
+                path = [*(entry for entry in path if entry[0] < level), (level, text)]
+                section = section if has_body and size >= _FEW else _path(path)
+            has_body = has_body or level is None
+            held.append(text)
+        yield "\n\n".join(held), number, place or section
+
+
+_CONTENTS_ROW = re.compile(r"^\|? ?(?:Part|Item|Note|Exhibit|Signatures)\b.*?\d+ ?\|?$", re.IGNORECASE | re.MULTILINE)
+
+
+def _place_of_page(number: int, text: str) -> str | None:
+    "The name of a page that is about the report and not about the company: its cover, its contents."
+    if number == 1 and re.search(r"exact name of registrant", text[:8000], re.IGNORECASE):
+        return "Cover page"
+    if re.search(r"table of contents|\bcontents$|^index\b", text[:300], re.IGNORECASE | re.MULTILINE) and len(_CONTENTS_ROW.findall(text[:20_000])) >= 5:
+        return "Table of contents"
+    return None
+
+
+def _path(path: Sequence[tuple[_Level, str]]) -> str | None:
+    "The heading path, without the parts of a report, and with two headings by type at most."
+    fixed = [text for level, text in path if 1 < level[0] < 4]
+    return " > ".join([*fixed, *[text for level, text in path if level[0] == 4][-2:]]) or None
 
 # %% ../nbs/documents.ipynb #5e10ccae
 def _outline(items: Iterable[tuple[int, str]]) -> Iterator[tuple[str, int | None, str | None]]:
@@ -192,10 +701,10 @@ def _read_html(data: bytes) -> Document:
     return _document(_outline(_html_items(soup.body or soup)), metadata)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]], has_header: bool = True) -> str:
     "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if len(lines) > 1 else []), *lines[1:]])
+    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if has_header and len(lines) > 1 else []), *lines[1:]])
 
 
 def _meta_value(content: str) -> Any:
@@ -263,6 +772,102 @@ def _read_notebook(data: bytes) -> Document:
     return _document(_outline(items))
 
 # %% ../nbs/documents.ipynb #ca50c181
+_SUFFIX = r"(?:Inc\.?|Corp\.?|Corporation|Company|Co\.|plc|PLC|Ltd\.?|Limited|N\.V\.|S\.A\.|SE|AG|LLC|L\.P\.|Group|Holdings)"
+_ANNOUNCES = re.compile(r"^(.{2,60}?)\s+(?:announces|reports|delivers|releases|posts)\b(?=.{0,120}\b(?:results|earnings)\b)", re.IGNORECASE | re.MULTILINE | re.DOTALL)
+_FULL_DATE = re.compile(rf"({_MONTH})\s+(\d{{1,2}}),\s+((?:19|20)\d\d)")
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+
+
+def _describe(text: str, name: str) -> dict[str, Any]:
+    "Company, ticker, document type, fiscal year and period end of a report, where its first pages say them plainly."
+    front = text[:8000]
+    filing = re.search(r"\bform\s+(10-K|10-Q|8-K|20-F|40-F|6-K)(/A)?", front, re.IGNORECASE)
+    if filing and re.search(r"securities\s+and\s+exchange\s+commission", front, re.IGNORECASE):
+        kind = (filing.group(1) + (filing.group(2) or "")).upper()
+        found = {"document_type": kind, "company": _registrant(text, front), "period_end": _period_end(front)}
+    elif headline := _ANNOUNCES.search(front[:800]):
+        kind = "earnings release"
+        named = re.search(rf"([A-Z][\w&.'’-]*(?: [\w&.'’-]+){{0,5}}?,? {_SUFFIX})\s*\((?:NASDAQ|NYSE|Nasdaq)", front)
+        company = named.group(1) if named else headline.group(1).strip()
+        found = {"document_type": kind, "company": company if company[:1].isupper() else None, "period_end": _period_end(front, latest=True)}
+    else:
+        return {}
+    ticker = re.search(r"\b([A-Z]{1,5})\b\)?,?\s*\|?\s*(?:The\s+)?(?:Nasdaq|NASDAQ|New York Stock Exchange|NYSE)|\((?:NASDAQ|NYSE|Nasdaq)(?: ?GS)?: ?([A-Z.]{1,6})\)", front)
+    if ticker and ticker.group(ticker.lastindex or 1) not in ("NASDAQ", "NYSE", "THE"):
+        found["ticker"] = ticker.group(ticker.lastindex or 1)
+    found["fiscal_year"] = _fiscal_year(text, kind, found["period_end"], name)
+    return {field: value for field, value in found.items() if value}
+
+
+def _registrant(text: str, front: str) -> str | None:
+    "The line above \"(Exact name of registrant ...)\"; in mixed case where the report writes it so elsewhere."
+    match = re.search(r"([^\n]{2,90})\n+\W*Exact name of (?:the )?registrant", front, re.IGNORECASE)
+    company = re.sub(r"_{3,}|\s+|\|", " ", match.group(1)).strip() if match else ""
+    if not company or len(company.split()) > 9 or not re.search(r"[^\W\d_]{2}", company):
+        return None
+    if company.isupper():
+        written = Counter(found for found in re.findall(re.escape(company), text, re.IGNORECASE) if not found.isupper() and not found.islower())
+        company = written.most_common(1)[0][0] if written else " ".join(word.capitalize() if len(word) > 3 else word for word in company.split())
+    return company
+
+
+def _period_end(front: str, latest: bool = False) -> str | None:
+    "The ISO date behind the first \"period ended\" or \"year ended\"; or the latest of them, where a release compares periods."
+    pattern = rf"(?:ended:?\s+|date of report[^\n\d]{{0,60}}?){_FULL_DATE.pattern}"
+    dates = [
+        f"{year}-{_MONTHS.index(month[:3].lower()) + 1:02}-{int(day):02}"
+        for month, day, year in re.findall(pattern, front.replace("\n", " "), re.IGNORECASE) if 1 <= int(day) <= 31
+    ]
+    return (max(dates) if latest else dates[0]) if dates else None
+
+
+def _fiscal_year(text: str, kind: str, period_end: str | None, name: str) -> int | None:
+    "The fiscal year as the company counts it: from the headline of a release, else from the end of the period."
+    if kind == "earnings release":
+        stated = re.search(r"(?:fiscal(?: year)?|full[- ]year|quarter(?: of)?(?: fiscal)?)\s+((?:19|20)\d\d)", text[:1500], re.IGNORECASE)
+        if stated:
+            return int(stated.group(1))
+    counted = Counter(int(year) for year in re.findall(r"\bfiscal(?: year)? ((?:19|20)\d\d)", text, re.IGNORECASE))
+    if not period_end:
+        years = set(re.findall(r"(?<!\d)(20[0-4]\d)(?!\d)", name))
+        return int(years.pop()) if len(years) == 1 else None
+    year, month = int(period_end[:4]), int(period_end[5:7])
+    near = {candidate: counted[candidate] for candidate in (year - 1, year, year + 1) if counted[candidate]}
+    if (kind in ("10-K", "20-F", "40-F", "10-K/A") and month > 5) or not near:
+        return year if month > 5 or (not counted and month > 2) else None
+    best = max(near, key=lambda candidate: near[candidate])
+    return best if near[best] >= 1.5 * max([count for candidate, count in near.items() if candidate != best], default=0) else None
+
+# %% ../nbs/documents.ipynb #649f844e
+_STATEMENTS = (
+    ("Consolidated statements of cash flows", r"cash flows?", (r"operating activities", r"investing activities", r"financing activities")),
+    ("Consolidated statements of comprehensive income", r"comprehensive (?:income|loss|earnings)", (r"other comprehensive", r"net (?:income|earnings|loss)")),
+    ("Consolidated balance sheets", r"balance sheets?|financial (?:position|condition)", (r"total assets", r"(?:total|current) liabilities", r"equity|deficit")),
+    ("Consolidated statements of stockholders' equity", r"equity|(?:stock|share)(?:holders|owners)|deficit|investment", (r"balance", r"retained|accumulated", r"dividend|repurchase|compensation|issu")),
+    ("Consolidated statements of income", r"income|operations|earnings|loss", (r"net (?:income|earnings|loss)", r"income tax", r"per (?:\w+ )?share|expenses?|cost of")),
+)
+_NO_STATEMENT = re.compile(r"\bindex to\b|table of contents|independent registered|parent company|registrant only|selected (?:consolidated )?financial|^notes? (?:to|\d)", re.IGNORECASE | re.MULTILINE)
+
+
+def _statements(page: str) -> str:
+    "The common names of the financial statements that a page is, or an empty string."
+    head = [line.strip("| #") for line in page.split("\n", 16)[:15] if line.strip()]
+    words = page.replace("|", " ").split()
+    numbers = sum(bool(_VALUE.fullmatch(word)) for word in words)
+    if len(words) < 20 or numbers < 0.15 * len(words) or _NO_STATEMENT.search("\n".join(head[:6])):
+        return ""
+    titles, body, names = [line for line in page.split("\n") if _STATEMENT.fullmatch(line.strip(" #"))], page.lower(), list[str]()
+    own = ""
+    for title in titles if any(title.strip(" #") in head for title in titles) else []:
+        for name, pattern, items in _STATEMENTS:
+            if re.search(pattern, title, re.IGNORECASE):
+                if name not in names and all(re.search(item, body) for item in items):
+                    names.append(name)
+                    own = title.strip(" #")
+                break
+    return "; ".join(names) + (f" > {own}" if len(names) == 1 and names[0].partition(" of ")[2] not in own.casefold().replace("’", "'") else "")
+
+# %% ../nbs/documents.ipynb #8f2b9d5b
 _READERS: dict[str, Callable[[bytes], Document]] = {
     ".pdf": _read_pdf, ".html": _read_html, ".htm": _read_html, ".md": _read_markdown, ".markdown": _read_markdown,
     ".txt": _read_text, ".text": _read_text, ".docx": _read_docx, ".ipynb": _read_notebook,
@@ -286,7 +891,8 @@ def read_document(
         raise UnreadableDocumentError(f"The file cannot be read ({error.strerror}).", "Check its permissions.") from error
     if not content:
         raise UnreadableDocumentError("The file is empty (0 bytes).", "Copy it again.")
-    return _READERS[suffix](content)
+    document = _READERS[suffix](content)
+    return replace(document, metadata={**_describe(document.text, Path(path).name), **document.metadata})
 
 # %% ../nbs/documents.ipynb #d376a452
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
@@ -371,20 +977,49 @@ class Chunk:
 
 def split_document(
     document: Document,
-    max_tokens: int = 200,     # by `estimate_tokens`; MiniLM reads 256 and drops the rest in silence
+    max_tokens: int = 200,     # context and text together, by `estimate_tokens`; MiniLM reads 256 and drops the rest in silence
+    name: str = "",            # the file's name, for the context of a document that says nothing about itself
 ) -> list[Chunk]:
     "Split into chunks of about equal size that end with a sentence or a table row where they can."
     chunks = []
-    for block in document.blocks:
+    for block, context in _contexts(document, name, max_tokens // 4):
+        limit = max_tokens - (estimate_tokens(context) - 2 if context else 0)
         units = [
             piece
             for start, end in sentences(document.text[block.start:block.end])
-            for piece in _cut(document.text, block.start + start, block.start + end, max_tokens)
+            for piece in _cut(document.text, block.start + start, block.start + end, limit)
         ]
         headers = _headers(document.text, units)
-        for start, end in _pack(units, [estimate_tokens(document.text[start:end]) for start, end in units], max_tokens):
-            chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section, headers.get(start)))
+        for start, end in _pack(units, [estimate_tokens(document.text[start:end]) for start, end in units], limit):
+            chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section, headers.get(start), context))
     return chunks
+
+
+def _contexts(document: Document, name: str, limit: int) -> Iterator[tuple[Block, str]]:
+    "Each block with its line of context: company or title | document type | year | statement or heading path."
+    subject = document.metadata.get("company") or document.metadata.get("title") or re.sub(r"[\W_]+", " ", Path(name).stem)
+    year = document.metadata.get("fiscal_year")
+    dated = str(document.metadata.get("effective_date") or document.metadata.get("period_end") or "")[:4]
+    about = [str(subject), str(document.metadata.get("document_type") or ""), f"fiscal {year}" if year else dated]
+    for page, group in itertools.groupby(document.blocks, key=lambda block: block.page):
+        blocks = list(group)
+        statement = _statements(document.text[blocks[0].start:blocks[-1].end]) if page is not None else ""
+        for block in blocks:
+            headings = [part for part in (block.section or "").split(" > ") if part.casefold() != str(subject).casefold()]
+            if statement:
+                headings = [statement]
+            yield block, _fitting(about, headings, limit)
+
+
+def _fitting(about: Sequence[str], headings: Sequence[str], limit: int) -> str:
+    "The parts as one line of at most `limit` tokens: headings are left out from the top, then words from the end."
+    for kept in range(len(headings) + 1):
+        line = " ".join(" | ".join(part for part in (*about, " > ".join(headings[kept:])) if part).split())
+        if estimate_tokens(line) <= limit:
+            break
+    while line and estimate_tokens(line) > limit:
+        line = line[:-8].rpartition(" ")[0]
+    return "".join(letter for letter in line if letter.isprintable())
 
 
 def _headers(text: str, units: Sequence[tuple[int, int]]) -> dict[int, str]:

@@ -14,11 +14,12 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,8 +29,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
+from llmops_ref.access import (
+    ALL_GROUPS,
+    EVERYONE,
+    AllGroups,
+    asks_for_other_versions,
+    check_groups,
+    document_readers,
+    group_names,
+    matches,
+    may_read,
+    set_aside,
+    version_links,
+)
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
 from .documents import SUPPORTED_SUFFIXES, Chunk, Passage, UnreadableDocumentError, read_document, split_document
+from .retrieval import LexicalIndex, Retrieval, retrieve
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
@@ -78,6 +93,7 @@ class IngestReport:
     failed: list[FailedFile]
     chunks: int
     seconds: float
+    closed: list[str] = field(default_factory=list)    # documents read by this ingest whose `allowed_groups` lets nobody in
 
     def to_dict(self) -> dict[str, Any]:
         "The report as plain types, for JSON."
@@ -86,20 +102,23 @@ class IngestReport:
     def _repr_markdown_(self) -> str:
         counts = [self.added, self.updated, self.unchanged, self.deleted, len(self.failed), self.chunks]
         rows = "".join(f"\n- not ingested: `{item.path}`: {item.reason}" for item in self.failed)
+        rows += "".join(f"\n- nobody may read: `{path}`" for path in self.closed)
         return (
             "| added | updated | unchanged | deleted | failed | chunks in the index |\n|--:|--:|--:|--:|--:|--:|\n"
             f"| {' | '.join(map(str, counts))} |\n{rows}"
         )
 
 # %% ../nbs/knowledge_base.ipynb #37284eb3
-_FORMAT = 1                                   # of the folder's layout
-_READING = "1"                                # raise it when reading or splitting changes: documents are then read again
+_FORMAT = 2                                   # of the folder's layout
+_READING = "2"                                # raise it when reading or splitting changes: documents are then read again
 _MANIFEST, _MARKER, _LOCK = "index.json", "writing", "writer.lock"
 _NEVER = 2**31 - 1                            # a threshold that Chroma does not reach
 _COMPACT_AFTER = 1000                         # changes that a reader may have to replay when it opens the index
 _PAGE = 1000                                  # rows a read or write
 _GROUP = 1024                                 # chunks to embed in one go: the model batches texts of equal length
-_COLLECTION = "passages"
+_ROWS = "rows"                                # in a generation: what readers see of it
+_EXACT = 4000                                 # so many rows are compared one by one: faster than a graph
+_FIELDS = {"path", "source", "fingerprint", "chunks", "written", "index", "start", "end", "readers"}    # what each row must hold
 _PROBE = "The early bird catches the worm, and the second mouse gets the cheese."
 
 
@@ -113,6 +132,7 @@ class _Manifest:
     dimensions: int
     probe: tuple[float, ...]        # the embedding of one fixed sentence
     files: Mapping[str, Any] = field(default_factory=dict)    # the vector index's files: name to size and checksum
+    beside: Mapping[str, Any] | None = None                   # the generation one can switch or roll back to: its own such values, and its role
     format: int = _FORMAT
 
     @classmethod
@@ -134,22 +154,25 @@ class _Manifest:
             temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 # %% ../nbs/knowledge_base.ipynb #14e8548b
+def _checksum(path: Path, size: int | None = None) -> int:
+    "CRC-32 of a file, or of its first `size` bytes."
+    checksum, left = 0, path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+    return checksum if not left else -1
+
+
 def _vector_files(folder: Path) -> dict[str, list[int]]:
     "Size and CRC-32 of the files that hold a generation's vectors; they never change once they are published."
-    found = {}
-    for path in sorted(folder.glob("*/*")):
-        checksum = 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                checksum = zlib.crc32(block, checksum)
-        found[path.relative_to(folder).as_posix()] = [path.stat().st_size, checksum]
-    return found
+    files = [path for path in sorted(folder.glob("*/*")) if path.parent.name != _ROWS]
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
 
 
 def _remove_vectors(folder: Path) -> None:
     "Delete damaged vector files: the texts in the database can be read again, and be embedded again."
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and path.name != _ROWS:
             shutil.rmtree(path)
 
 # %% ../nbs/knowledge_base.ipynb #5c4d133c
@@ -170,17 +193,34 @@ def _vectors(embeddings: Embeddings, texts: Sequence[str]) -> np.ndarray[Any, np
     return vectors
 
 
-def _check_model(manifest: _Manifest, embeddings: Embeddings) -> None:
-    "Compare the probe sentence's vector with the one stored at creation."
-    probe = _vectors(embeddings, [_PROBE])[0]
-    stored = np.asarray(manifest.probe, dtype=np.float32)
-    same = len(probe) == manifest.dimensions
-    if not same or float(probe @ stored) < 0.99 * float(np.linalg.norm(probe) * np.linalg.norm(stored)):
-        raise IndexMismatchError(
-            f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
-            f"not by {_model_name(embeddings)!r} ({len(probe)} dimensions).",
-            "Open it with that model, or ingest the documents into a new folder.",
-        )
+def _indexed(text: str, row: Mapping[str, Any]) -> str:
+    "What is embedded and indexed of a chunk: the line on its context and its table's header, where it has them, and its text."
+    return "\n".join(part for part in (row.get("context"), row.get("header"), text) if part)
+
+
+def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
+    "Cosine of the probe sentence's vector to the one stored at creation; -1 where the dimensions differ."
+    probe, stored = _vectors(embeddings, [_PROBE])[0], np.asarray(manifest.probe, dtype=np.float32)
+    return float(probe @ stored) / float(np.linalg.norm(probe) * np.linalg.norm(stored)) if len(probe) == len(stored) else -1.0
+
+
+def _choose_model(manifest: _Manifest, models: Sequence[Embeddings]) -> Embeddings:
+    "Of `models` the one that made the vectors, by its probe. Raises `IndexMismatchError`."
+    likeness = [_likeness(manifest, model) for model in models]
+    if max(likeness) >= 0.99:
+        return models[likeness.index(max(likeness))]
+    raise IndexMismatchError(
+        f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
+        f"not by {' or '.join(repr(_model_name(model)) for model in models)}.",
+        "Open it with that model (where it may switch between two, name the other in also=[...]), or ingest the documents into a new folder.",
+    )
+
+
+def _recorded_model(name: str) -> list[Embeddings]:
+    "The embedded model in the precision that a recorded name says; empty for names of another kind."
+    from llmops_ref.embeddings import MODEL_NAME, OnnxEmbeddings
+
+    return [OnnxEmbeddings(precision=precision) for precision in ("float32", "int8") if name.startswith(f"{MODEL_NAME}/{precision}/")]
 
 # %% ../nbs/knowledge_base.ipynb #c25efbc8
 def _import_chroma() -> ModuleType:
@@ -200,44 +240,118 @@ def _import_chroma() -> ModuleType:
             del sys.modules["rfc3987_syntax"]
 
 
-class _Store:
-    "One generation: a Chroma collection in a folder of its own, seen by one client of its own."
+class _ModelFailure(Exception):
+    "The embedding model failed while a question was answered; that is no fault of the index."
 
-    def __init__(self, folder: Path, persist_at: int = _NEVER) -> None:
-        chromadb = _import_chroma()
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Store:
+    "One generation: a Chroma collection for each label, seen by one client of its own, with the model of its vectors."
+
+    embeddings: Embeddings
+    snapshot: _Snapshot
+
+    def __init__(self, folder: Path, persist_at: Mapping[str, int] | None = None) -> None:
+        _import_chroma()
         shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
         configuration = require("chromadb.config", extra="rag")
         settings = configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False)
         system = configuration.System(settings)
+        self._persist_at = persist_at or {}
+        self._collections: dict[str, Any] = {}
         with _OPENING:
             system.start()
-            client = require("chromadb.api.client", extra="rag").Client.from_system(system)
+            self._client = require("chromadb.api.client", extra="rag").Client.from_system(system)
             # Chroma keeps one system a path and process, whose vectors in memory are then never read again.
             shared._identifier_to_system.pop(str(folder), None)
-            hnsw = {"space": "cosine", "ef_construction": 200, "max_neighbors": 32, "sync_threshold": persist_at}
-            self.rows = client.get_or_create_collection(_COLLECTION, embedding_function=None, configuration={"hnsw": hnsw})
-        self.errors: tuple[type[BaseException], ...] = (chromadb.errors.ChromaError,)
+            for found in self._client.list_collections():
+                self._collections[found.metadata["readers"]] = self._client.get_collection(found.name, embedding_function=None)
+        self._file = folder / "chroma.sqlite3"
+        self._inode = self._file.stat().st_ino
+
+    def collection(self, label: str) -> Any:
+        "The collection of the rows that the groups of `label` may read; made where it is missing."
+        if label not in self._collections:
+            hnsw = {"space": "cosine", "ef_construction": 200, "max_neighbors": 32, "sync_threshold": max(2, self._persist_at.get(label, _NEVER))}
+            self._collections[label] = _patiently(lambda: self._client.get_or_create_collection(
+                f"passages-{hashlib.sha256(label.encode()).hexdigest()[:24]}", metadata={"readers": label}, embedding_function=None,
+                configuration={"hnsw": hnsw}))
+        return self._collections[label]
+
+    def collections(self) -> dict[str, Any]:
+        "The collections by their labels."
+        return dict(sorted(self._collections.items()))
+
+    def gone(self) -> bool:
+        "Whether the generation was deleted under us: what it then answers is not to be trusted."
+        try:
+            return self._file.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
+    def embed_query(self, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        "Embed a question by the model that made this generation's vectors, and by no other."
+        try:
+            return np.asarray(self.embeddings.embed_query(text), dtype=np.float32)
+        except Exception as error:
+            raise _ModelFailure(error) from error
+
+    def count(self) -> int:
+        "The number of rows."
+        return sum(int(_patiently(rows.count)) for rows in self.collections().values())
 
     def metadata(self, where: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
         "Chunk id to metadata, of all rows or of those that match."
         found: dict[str, dict[str, Any]] = {}
-        while True:
-            page = _patiently(lambda: self.rows.get(where=where, limit=_PAGE, offset=len(found), include=["metadatas"]))
-            found.update(zip(page["ids"], page["metadatas"], strict=True))
-            if len(page["ids"]) < _PAGE:
-                return found
+        for rows in self.collections().values():
+            offset, size = 0, _PAGE
+            while size == _PAGE:
+                page = _patiently(lambda rows=rows, offset=offset: rows.get(where=where, limit=_PAGE, offset=offset, include=["metadatas"]))  # type: ignore[misc]
+                found.update(zip(page["ids"], page["metadatas"], strict=True))
+                size = len(page["ids"])
+                offset += size
+        return found
+
+    def get(self, ids: Sequence[str], include: Sequence[str] = ()) -> dict[str, Any]:
+        "Rows by id, from whichever collections hold them, as Chroma returns them."
+        found: dict[str, Any] = {name: [] for name in ("ids", *include)}
+        for rows in self.collections().values():
+            if len(found["ids"]) < len(ids):
+                page = _patiently(lambda rows=rows: rows.get(ids=list(ids), include=list(include)))  # type: ignore[misc]
+                for name, values in found.items():
+                    values.extend(page[name])
+        return found
 
     def add(self, ids: Sequence[str], vectors: Any, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        "Add rows; an id that is there already stays as it is, so a repeated write changes nothing."
-        for low in range(0, len(ids), 5 * _PAGE):
-            part = slice(low, low + 5 * _PAGE)
-            _patiently(lambda part=part: self.rows.add(  # type: ignore[misc]
-                ids=list(ids[part]), embeddings=vectors[part], documents=list(texts[part]), metadatas=list(metadata[part])))
+        "Add rows to the collections of their readers; an id that is there already stays as it is."
+        labels: dict[str, list[int]] = {}
+        for number, row in enumerate(metadata):
+            labels.setdefault(str(row["readers"]), []).append(number)
+        for label, numbers in labels.items():
+            for low in range(0, len(numbers), 5 * _PAGE):
+                part, rows = numbers[low:low + 5 * _PAGE], self.collection(label)
+                _patiently(lambda part=part, rows=rows: rows.add(  # type: ignore[misc]
+                    ids=[ids[number] for number in part], embeddings=vectors[part],
+                    documents=[texts[number] for number in part], metadatas=[dict(metadata[number]) for number in part]))
 
-    def delete(self, ids: Sequence[str]) -> None:
-        "Delete rows by id."
-        for low in range(0, len(ids), _PAGE):
-            _patiently(lambda low=low: self.rows.delete(ids=list(ids[low:low + _PAGE])))  # type: ignore[misc]
+    def nearest(self, label: str, vector: Any, n: int) -> list[str]:
+        "Ids of the rows of a label that are nearest to a vector."
+        page = _patiently(lambda: self.collection(label).query(query_embeddings=[vector], n_results=n, include=[]))
+        return list(page["ids"][0])
+
+    def delete(self, ids: Sequence[str], label: str | None = None) -> None:
+        "Delete rows by id, from all collections or from one."
+        for rows in self.collections().values() if label is None else [self.collection(label)]:
+            for low in range(0, len(ids), _PAGE):
+                _patiently(lambda low=low, rows=rows: rows.delete(ids=list(ids[low:low + _PAGE])))  # type: ignore[misc]
+
+    def seal(self) -> None:
+        "Never write the vector files again."
+        for rows in self.collections().values():
+            rows.modify(configuration={"hnsw": {"sync_threshold": _NEVER}})
 
 # %% ../nbs/knowledge_base.ipynb #af7d6d27
 _OPENING = threading.Lock()
@@ -264,6 +378,17 @@ def _current_version(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
     counts = Counter(str(row["fingerprint"]) for row in rows.values())
     complete = [row for row in rows.values() if counts[str(row["fingerprint"])] == row["chunks"]]
     return str(max(complete, key=lambda row: int(row["written"]))["fingerprint"]) if complete else None
+
+
+def _current_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    "Of all rows, the ids of each document's newest complete version, in reading order."
+    documents: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for chunk_id, row in rows.items():
+        if row.keys() >= _FIELDS:
+            documents.setdefault(str(row["path"]), {})[chunk_id] = row
+    current = {path: _current_version(versions) for path, versions in documents.items()}
+    chosen = [chunk_id for path, versions in documents.items() for chunk_id, row in versions.items() if row["fingerprint"] == current[path]]
+    return sorted(chosen, key=lambda chunk_id: (str(rows[chunk_id]["readers"]), str(rows[chunk_id]["path"]), int(rows[chunk_id]["index"])))
 
 # %% ../nbs/knowledge_base.ipynb #cd816df5
 @dataclass(frozen=True)
@@ -314,19 +439,46 @@ class _Reading:
     reason: str = ""
     chunks: Sequence[Chunk] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    readers: tuple[str, ...] = ()
+    given: str | None = None      # the label that the ingest gave, where the document names no groups
 
 
-def _read_file(file: _File, known: Mapping[str, Mapping[str, Any]]) -> _Reading:
+def _fingerprint(data: bytes, given: str | None = None) -> str:
+    "Names a file's content, the version of the code that reads it, and the readers that an ingest gave it."
+    parts = _READING.encode() + hashlib.sha256(data).digest() + ("" if given in (None, _label([EVERYONE])) else str(given)).encode()
+    return hashlib.sha256(parts).hexdigest()[:32]
+
+
+def _label(readers: Iterable[str]) -> str:
+    "Groups as one text: rows of one label share a collection."
+    return json.dumps(sorted(readers))
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    "A path that fits on one line of a terminal: what cannot be printed is escaped."
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape", "surrogatepass").decode() for sign in str(path))
+
+
+def _read_file(file: _File, known: Mapping[str, Mapping[str, Any]], given: str | None = None) -> _Reading:
     "Read and split a file, or only hash it where the index has its content already."
     try:
+        str(file.path).encode()
         if not stat.S_ISREG(file.path.stat().st_mode):
             return _Reading(file, reason="The path is not a regular file.")
         data = file.path.read_bytes()
-        fingerprint = hashlib.sha256(_READING.encode() + hashlib.sha256(data).digest()).hexdigest()[:32]
-        if known.get(str(file.path), {}).get("fingerprint") == fingerprint:
+        record = known.get(str(file.path), {})
+        default = given or record.get("given") or _label([EVERYONE])
+        fingerprint = _fingerprint(data, default if record.get("given") else None)
+        if record.get("fingerprint") == fingerprint:
             return _Reading(file, len(data), fingerprint)
         document = read_document(file.path, data)
-        return _Reading(file, len(data), fingerprint, "", split_document(document), _flat(document.metadata))
+        named = document_readers(document.metadata)
+        fingerprint = _fingerprint(data, default if named is None else None)
+        return _Reading(
+            file, len(data), fingerprint, "", split_document(document), _flat(document.metadata),
+            tuple(json.loads(default)) if named is None else named, default if named is None else None)
+    except UnicodeEncodeError:
+        return _Reading(file, reason="The file's name is not valid UTF-8.")
     except OSError as error:
         return _Reading(file, reason=f"The file cannot be read ({error.strerror}).")
     except UnreadableDocumentError as error:
@@ -361,18 +513,380 @@ def _read_ahead(function: Callable[[_File], _Reading], files: Iterable[_File]) -
         while waiting:
             yield waiting.popleft().result()
 
+# %% ../nbs/knowledge_base.ipynb #87a9f5c1
+_ROW = np.dtype([
+    ("id", "S32"), ("document", "<i4"), ("index", "<i4"), ("unit", "<i4"),    # `unit` numbers the pages or sections of a document
+    ("place", "<i8"), ("length", "<i4"), ("check", "<u4"),                    # where in texts.bin the row's record lies, and its CRC-32
+    ("slot", "<i8"),                                                          # which vector of vectors.bin is the row's
+])
+_TABLE, _TEXTS, _VECTORS = "table.npz", "texts.bin", "vectors.bin"
+
+
+class _Snapshot:
+    "One published state of the index: rows in reading order, their documents, and where their texts and vectors lie."
+
+    def __init__(self, rows: Any, documents: Sequence[Mapping[str, Any]], texts: Any, vectors: Any, head: Mapping[str, Any], folder: Path | None) -> None:
+        self.rows, self.documents, self.texts, self.vectors, self.head, self.folder = rows, documents, texts, vectors, head, folder
+        self.numbers_of = {str(record["source"]): number for number, record in enumerate(documents)}
+        self.labels = sorted({str(record["readers"]) for record in documents})
+        places = {label: place for place, label in enumerate(self.labels)}
+        self.label = np.array([places[str(record["readers"])] for record in documents], dtype=np.int32)    # of each document
+        self.fields = [{"source": record["source"], **{f"meta_{name}": value for name, value in record["metadata"].items()}} for record in documents]
+        self.links = version_links(documents)
+        self.damaged = False
+        self._order = np.argsort(rows["id"])
+        self._sorted = rows["id"][self._order]
+        self._guard = threading.Lock()
+        self._kept: dict[Hashable, Any] = {}
+        self._lexical: LexicalIndex | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def load(cls, folder: Path, check: bool = True) -> _Snapshot:
+        "Open what was published last; any exception means that it is missing or damaged."
+        with np.load(folder / _TABLE, allow_pickle=False) as file:
+            rows, head, documents = file["rows"], json.loads(bytes(file["head"])), json.loads(bytes(file["documents"]))
+        for name, (size, checksum) in head["files"].items() if check else ():
+            if _checksum(folder / name, size) != checksum:
+                raise ValueError(f"{name} is damaged")
+        return cls(rows, documents, *_mapped(folder, head), head, folder)
+
+    def numbers(self, ids: Sequence[str]) -> Any:
+        "Row numbers of chunk ids, in their order; ids that this snapshot does not hold are left out."
+        wanted = np.array([chunk_id.encode() for chunk_id in ids], dtype="S32")
+        if not len(self.rows) or not len(wanted):
+            return np.zeros(0, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self._sorted, wanted), len(self.rows) - 1)
+        return self._order[places[self._sorted[places] == wanted]]
+
+    def meets(self, where: Mapping[str, Any]) -> Any:
+        "Of each document, whether it meets a condition; a list of sources, which retrieval asks for, is looked up."
+        if where.keys() == {"source"} and isinstance(where["source"], Mapping) and where["source"].keys() == {"$in"}:
+            found = np.zeros(len(self.documents), dtype=bool)
+            found[[self.numbers_of[name] for name in where["source"]["$in"] if isinstance(name, str) and name in self.numbers_of]] = True
+            return found
+        return np.array([matches(record, where) for record in self.fields], dtype=bool)
+
+    def kept(self, key: Hashable, make: Callable[[], _Result]) -> _Result:
+        "Something derived that several searches need: made once, and thrown away when there is too much."
+        try:
+            found: _Result = self._kept[key]
+        except KeyError:
+            found = make()
+            if len(self._kept) > 200:
+                self._kept.clear()
+            self._kept[key] = found
+        return found
+
+    def record(self, row: int) -> dict[str, Any]:
+        "Text, context and place of one row. Raises `IndexDamagedError` where the bytes are not those that were written."
+        place = int(self.rows["place"][row])
+        data = bytes(self.texts[place:place + int(self.rows["length"][row])])
+        if zlib.crc32(data) != int(self.rows["check"][row]):
+            raise IndexDamagedError("A text of the index is damaged.", "Run ingest again: it rebuilds the index.")
+        found: dict[str, Any] = json.loads(data)
+        return found
+
+    def passage(self, row: int, score: float, scores: Mapping[str, float]) -> Passage:
+        "A row as a passage."
+        found, document = self.record(row), self.documents[int(self.rows["document"][row])]
+        return Passage(
+            found["text"], document["source"], found["page"], found["section"], round(float(score), 6), self.rows["id"][row].decode(),
+            found["start"], found["end"], dict(document["metadata"]), found["header"], found["context"], dict(scores))
+
+    def cosines(self, rows: Any, vector: Any) -> Any:
+        "Cosine of each row's vector to `vector`."
+        return self.vectors[self.rows["slot"][rows]] @ (vector / max(float(np.linalg.norm(vector)), 1e-12))
+
+    def lexical(self) -> LexicalIndex:
+        "The lexical index of these rows: loaded when it is first asked for, built again where its files are damaged."
+        with self._guard:
+            if self._lexical is None:
+                self._lexical = _load_lexical(self) or _build_lexical(self)
+            return self._lexical
+
+
+def _mapped(folder: Path, head: Mapping[str, Any]) -> tuple[Any, Any]:
+    "The texts (bytes) and the vectors (slots, dimensions), mapped into memory."
+    if not head["slots"]:
+        return np.zeros(0, np.uint8), np.zeros((0, head["dimensions"]), np.float32)
+    return np.memmap(folder / _TEXTS, np.uint8, "r"), np.memmap(folder / _VECTORS, np.float32, "r", shape=(head["slots"], head["dimensions"]))
+
+
+def _lexical_texts(snapshot: _Snapshot) -> Iterator[str]:
+    "What is indexed by words of each row: its context, its table header and its text."
+    for row in range(len(snapshot)):
+        found = snapshot.record(row)
+        yield _indexed(found["text"], found)
+
+
+def _build_lexical(snapshot: _Snapshot) -> LexicalIndex:
+    "Index the rows' words; the ids are row numbers."
+    return LexicalIndex.build([str(row) for row in range(len(snapshot))], list(_lexical_texts(snapshot)))
+
+
+def _load_lexical(snapshot: _Snapshot) -> LexicalIndex | None:
+    "The saved lexical index; None where it is missing or damaged."
+    try:
+        folder = (snapshot.folder or Path()) / str(snapshot.head["lexical"])
+        for name, (size, checksum) in snapshot.head["lexical_files"].items():
+            if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
+                return None
+        return LexicalIndex.load(folder)
+    except Exception:    # whatever is wrong with it, it can be built again
+        return None
+
+# %% ../nbs/knowledge_base.ipynb #a074b24d
+class _Draft:
+    "The next snapshot of a generation: rows are appended to its files at once, and `save` publishes them in one step."
+
+    def __init__(self, folder: Path, base: _Snapshot | None, dimensions: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._dimensions = folder, dimensions
+        self._documents: list[Mapping[str, Any]] = list(base.documents) if base else []
+        self._numbers = {(str(record["path"]), str(record["fingerprint"])): number for number, record in enumerate(self._documents)}
+        self._rows: list[Any] = [base.rows] if base else []
+        self._slots = int(base.head["slots"]) if base else 0
+        self._version = int(base.head["version"]) if base else 0
+        self._dropped: set[int] = set()
+        self._units: dict[int, dict[Any, int]] = {}
+        self._files: dict[str, Any] = {}
+        self._state = dict(base.head["files"]) if base else {_TEXTS: [0, 0], _VECTORS: [0, 0]}
+        for name, (size, _) in self._state.items():
+            self._files[name] = open(folder / name, "r+b" if base else "w+b")    # noqa: SIM115 - closed in `close`
+            self._files[name].truncate(size)    # what a killed ingest left behind
+            self._files[name].seek(size)
+
+    def known(self) -> dict[str, Mapping[str, Any]]:
+        "The documents by their paths."
+        return {str(record["path"]): record for number, record in enumerate(self._documents) if number not in self._dropped}
+
+    def append(self, ids: Sequence[str], vectors: Any, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        "Take rows of the store; texts and vectors go to the files."
+        rows = np.zeros(len(ids), dtype=_ROW)
+        place = self._state[_TEXTS][0]
+        records = []
+        for number, (text, row) in enumerate(zip(texts, metadata, strict=True)):
+            document = self._document(row)
+            units = self._units.setdefault(document, {})
+            unit = units.setdefault(("page", row["page"]) if row.get("page") is not None else ("section", row.get("section")), len(units))
+            record = {"text": text, **{name: row.get(name) for name in ("page", "section", "header", "start", "end")}, "context": row.get("context", "")}
+            records.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            rows[number] = (ids[number].encode(), document, row["index"], unit, place, len(records[-1]), zlib.crc32(records[-1]), self._slots + number)
+            place += len(records[-1])
+        vectors = np.asarray(vectors, dtype=np.float32).reshape(len(ids), -1)
+        unit_length = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        self._put(_TEXTS, b"".join(records))
+        self._put(_VECTORS, unit_length.astype("<f4").tobytes())
+        self._rows.append(rows)
+        self._slots += len(ids)
+
+    def _document(self, row: Mapping[str, Any]) -> int:
+        "The number of a row's document."
+        key = str(row["path"]), str(row["fingerprint"])
+        if self._numbers.get(key, -1) in {-1, *self._dropped}:
+            self._numbers[key] = len(self._documents)
+            metadata = {name[5:]: value for name, value in sorted(row.items()) if name.startswith("meta_")}
+            self._documents.append({**{name: row.get(name) for name in ("path", "source", "fingerprint", "readers", "given")}, "metadata": metadata})
+        return self._numbers[key]
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        size, checksum = self._state[name]
+        self._state[name] = [size + len(data), zlib.crc32(data, checksum)]
+
+    def drop(self, path: str, but: str = "") -> dict[str, list[str]]:
+        "Leave out all versions of a document but one; return the chunk ids of the others by label."
+        gone = {number for (name, version), number in self._numbers.items() if name == path and version != but and number not in self._dropped}
+        self._dropped |= gone
+        found: dict[str, list[str]] = {}
+        for rows in self._rows:
+            for row in rows[np.isin(rows["document"], list(gone))]:
+                found.setdefault(str(self._documents[row["document"]]["readers"]), []).append(row["id"].decode())
+        return found
+
+    def vectors(self) -> Callable[[Sequence[str]], Any]:
+        "A function from chunk ids to their vectors, which a graph would first have to be built to give."
+        for file in self._files.values():
+            file.flush()
+        _, vectors = _mapped(self.folder, {"slots": self._slots, "dimensions": self._dimensions})
+        rows = np.concatenate([np.zeros(0, dtype=_ROW), *self._rows])
+        slots = dict(zip(rows["id"].tolist(), rows["slot"].tolist(), strict=True))
+        return lambda ids: vectors[[slots[chunk_id.encode()] for chunk_id in ids]]
+
+    def save(self) -> _Snapshot:
+        "Publish: the lexical index first, then the table that names it, which is replaced in one step."
+        rows = np.concatenate([np.zeros(0, dtype=_ROW), *self._rows])
+        rows = rows[~np.isin(rows["document"], list(self._dropped))]
+        numbers = np.unique(rows["document"])
+        documents = [self._documents[number] for number in numbers]
+        rows["document"] = np.searchsorted(numbers, rows["document"])
+        rows = rows[np.lexsort((rows["index"], rows["document"]))]
+        for file in self._files.values():
+            file.flush()
+        version = self._version + 1
+        head = {"slots": self._slots, "dimensions": self._dimensions, "version": version, "files": dict(self._state), "lexical": f"lexical-{version:06d}"}
+        snapshot = _Snapshot(rows, documents, *_mapped(self.folder, head), head, self.folder)
+        snapshot._lexical = _build_lexical(snapshot)
+        place = self.folder / f"lexical-{version:06d}"
+        shutil.rmtree(place, ignore_errors=True)
+        snapshot._lexical.save(place)
+        head["lexical_files"] = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(place.iterdir())}
+        with atomic_path(self.folder / _TABLE) as temporary, temporary.open("wb") as file:
+            parts = [np.frombuffer(json.dumps(value).encode(), dtype=np.uint8) for value in (head, documents)]
+            np.savez(file, rows=rows, head=parts[0], documents=parts[1])
+        for old in sorted(self.folder.glob("lexical-*"))[:-2]:    # the last one stays for readers that are opening it
+            shutil.rmtree(old, ignore_errors=True)
+        return snapshot
+
+    def close(self) -> None:
+        "Close the files."
+        for file in self._files.values():
+            file.close()
+
+
+def _copied(store: _Store, ids: Sequence[str], dimensions: int, vectors_of: Callable[[Sequence[str]], Any] | None = None) -> tuple[Any, Any, Any, Any]:
+    "Rows (ids, vectors, texts, metadata), with their texts embedded again where the vectors cannot be read."
+    page = store.get(ids, ["documents", "metadatas"])
+    if vectors_of is not None:
+        return page["ids"], vectors_of(page["ids"]), page["documents"], page["metadatas"]
+    try:
+        found = store.get(page["ids"], ["embeddings"])
+        place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
+        vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
+        if vectors.shape[1] != dimensions or not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
+            raise ValueError("a vector is broken")
+    except Exception:    # whatever is wrong with the vectors, the texts are in the database
+        vectors = _vectors(store.embeddings, list(map(_indexed, page["documents"], page["metadatas"])))
+    return page["ids"], vectors, page["documents"], page["metadatas"]
+
+
+def _derived(store: _Store, dimensions: int) -> _Snapshot:
+    "The snapshot that a store's rows amount to, in files that are gone when nobody reads them any more."
+    rows = store.metadata()
+    ids = _current_rows(rows)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_Draft(Path(folder), None, dimensions)) as draft:
+        for low in range(0, len(ids), _PAGE):
+            draft.append(*_copied(store, ids[low:low + _PAGE], dimensions))
+        snapshot = draft.save()
+    snapshot.damaged = bool(rows)
+    return snapshot
+
+# %% ../nbs/knowledge_base.ipynb #f30c9ca6
+class _View:
+    "What one caller may read of one snapshot, as `llmops_ref.retrieval` wants it: nothing else is ever a candidate."
+
+    def __init__(
+        self,
+        store: _Store,
+        groups: frozenset[str] | AllGroups,
+        today: datetime.date | None,               # of the versions of a document, the one in force on that day; None: all
+        where: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._store, self._snapshot, self._where, self._today = store, store.snapshot, where, today
+        self._labels = tuple(number for number, label in enumerate(self._snapshot.labels) if may_read(json.loads(label), groups))
+        self._key = (self._labels, today)
+
+    def _allowed(self) -> Any:
+        "Of each document, whether its rows may be found."
+        snapshot = self._snapshot
+        readable = np.isin(snapshot.label, self._labels)
+        return readable if self._today is None else readable & ~set_aside(snapshot.documents, snapshot.links, readable, self._today)
+
+    def _rows(self, where: Mapping[str, Any] | None) -> Any:
+        "Numbers of the rows that may be found, and the same as a mask."
+        def make() -> tuple[Any, Any]:
+            documents = self._snapshot.kept((self._key, "documents"), self._allowed)
+            for condition in (self._where, where):
+                documents = documents & self._snapshot.meets(condition) if condition else documents
+            mask = documents[self._snapshot.rows["document"]] if len(documents) else np.zeros(0, dtype=bool)
+            return np.flatnonzero(mask), mask
+
+        return self._snapshot.kept((self._key, repr(self._where), repr(where)), make)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        "Embed questions; shape (len(texts), dimensions)."
+        return np.stack([self._store.embed_query(text) for text in texts])
+
+    def dense(self, vector: np.ndarray[Any, Any], n: int, where: Mapping[str, Any] | None = None) -> list[Passage]:
+        "The `n` passages nearest to a vector, nearest first."
+        numbers, mask = self._rows(where)
+        if len(numbers) > _EXACT:
+            labels = self._snapshot.label[self._snapshot.rows["document"]] if len(self._labels) > 1 else None
+            numbers = np.concatenate([self._nearest(label, numbers if labels is None else numbers[labels[numbers] == label], mask, vector, n) for label in self._labels])
+        cosines = np.round(self._snapshot.cosines(numbers, vector).astype(np.float64), 6)
+        order = np.lexsort((self._snapshot.rows["id"][numbers], -cosines))[:n]
+        return [self._snapshot.passage(int(numbers[place]), cosines[place], {"dense": float(cosines[place])}) for place in order]
+
+    def _nearest(self, label: int, numbers: Any, mask: Any, vector: Any, n: int) -> Any:
+        "Candidates of one label: all its rows where they are few, else those that its graph finds, more where many are left out."
+        share = self._snapshot.kept(("rows", label), lambda: int((self._snapshot.label[self._snapshot.rows["document"]] == label).sum()))
+        wanted = (n + 8) * max(1, share // max(1, len(numbers)))
+        while len(numbers) > _EXACT // 4 and wanted <= _EXACT // 2:
+            page = self._store.nearest(self._snapshot.labels[label], vector, wanted)
+            found = self._snapshot.numbers(page)
+            found = found[mask[found]]
+            if len(found) >= n:
+                return found
+            wanted *= 4
+        return numbers
+
+    def lexical(self, question: str, n: int, where: Mapping[str, Any] | None = None) -> list[Passage]:
+        "The `n` passages that share the most telling words with a question, best first; their `score` is left at 0."
+        numbers, mask = self._rows(where)
+        if not len(numbers):
+            return []
+        ids, scores = self._snapshot.lexical().search(question, n, None if len(numbers) == len(mask) else mask)
+        return [self._snapshot.passage(int(row), 0.0, {"lexical": float(score)}) for row, score in zip(ids, scores, strict=True)]
+
+    def documents(self) -> tuple[Mapping[str, Any], ...]:
+        "The source and the metadata of each document that may be found; the same object until the index changes."
+        def make() -> tuple[Mapping[str, Any], ...]:
+            found = np.unique(self._snapshot.rows["document"][self._rows(None)[0]])
+            return tuple({**self._snapshot.documents[number]["metadata"], "source": self._snapshot.documents[number]["source"]} for number in found)
+
+        return self._snapshot.kept((self._key, repr(self._where), "records"), make)
+
+    def siblings(self, passage: Passage) -> list[Passage]:
+        "The passages of the same page, or section where there are no pages, in order; none where `passage` may not be found."
+        rows, (_, mask) = self._snapshot.rows, self._rows(None)
+        number = self._snapshot.numbers([passage.chunk_id])
+        if not len(number) or not mask[number[0]]:
+            return []
+        own = rows[number[0]]
+        first, last = np.searchsorted(rows["document"], [own["document"], own["document"] + 1])
+        return [self._snapshot.passage(row, 0.0, {}) for row in range(first, last) if rows["unit"][row] == own["unit"]]
+
+    def similarity(self, vector: np.ndarray[Any, Any], passages: Sequence[Passage]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        "Cosine of each passage's stored vector to a vector; 0 for a passage that may not be found."
+        _, mask = self._rows(None)
+        found = [self._snapshot.numbers([passage.chunk_id]) for passage in passages]
+        known = [place for place, number in enumerate(found) if len(number) and mask[number[0]]]
+        values = np.zeros(len(passages), dtype=np.float32)
+        if known:
+            values[known] = self._snapshot.cosines(np.concatenate([found[place] for place in known]), vector)
+        return values
+
 # %% ../nbs/knowledge_base.ipynb #9654b44e
 class KnowledgeBase:
     "A folder on disk that holds passages, their vectors and where they came from; open it with `KnowledgeBase.open`."
 
-    def __init__(self, path: Path, embeddings: Embeddings, lock_timeout: float) -> None:
-        self.path = path
-        self.embeddings = embeddings
+    def __init__(
+        self, path: Path, models: Sequence[Embeddings], lock_timeout: float, loads: bool = False, today: Callable[[], datetime.date] = datetime.date.today
+    ) -> None:
+        self.path, self.today = path, today
+        self._models, self._loads = list(models), loads    # with `loads`, an embedded model is loaded by its recorded name
+        self.embeddings = self._models[0]    # the one of the current generation
         self.lock_timeout = lock_timeout
         self._guard = threading.RLock()
         self._store: _Store | None = None
         self._seen: tuple[int, int] | None = None
+        self._matched: tuple[float, ...] | None = None
+        self._checked = ""    # the generation whose vector files were compared with their checksums
         self._manifest = _Manifest.read(path)
+        self._match_model(self._manifest)
 
     @classmethod
     def open(
@@ -380,7 +894,9 @@ class KnowledgeBase:
         path: str | os.PathLike[str],               # the index folder; made when missing
         embeddings: Embeddings | None = None,       # None: `llmops_ref.models.load_embeddings()`
         *,
+        also: Sequence[Embeddings] = (),            # further models that the index may switch to while it is open
         lock_timeout: float = 30.0,                 # seconds to wait for another writer
+        today: Callable[[], datetime.date] = datetime.date.today,    # decides which version of a document is in force
     ) -> KnowledgeBase:
         "Open or create an index. Raises `IndexFormatError`, `IndexMismatchError`."
         folder = Path(os.path.realpath(path))
@@ -390,15 +906,14 @@ class KnowledgeBase:
         if others and not (folder / _MANIFEST).exists():
             raise IndexFormatError(f"The folder {folder.name!r} holds other files and no index.", "Name a new or empty folder.")
         _import_chroma()    # here, so that the first search or ingest does not pay for it
+        found = [] if embeddings is None else [embeddings]
         if embeddings is None:
             from llmops_ref.models import load_embeddings
 
-            embeddings = load_embeddings()
-        if others:
-            _check_model(_Manifest.read(folder), embeddings)
-        else:
-            _create(folder, embeddings, lock_timeout)
-        return cls(folder, embeddings, lock_timeout)
+            found = (_recorded_model(_Manifest.read(folder).model) if others else []) or [load_embeddings()]
+        if not others:
+            _create(folder, found[0], lock_timeout)
+        return cls(folder, [*found, *also], lock_timeout, loads=embeddings is None, today=today)
 
     @property
     def embedding_model(self) -> str:
@@ -406,39 +921,72 @@ class KnowledgeBase:
         return self._manifest.model
 
     def __len__(self) -> int:
-        return self._ask(lambda store: int(_patiently(store.rows.count)))
+        return self._ask(lambda store: len(store.snapshot))
 
     def __repr__(self) -> str:
         return f"KnowledgeBase({self.path.name!r}, chunks={len(self)}, embeddings={self._manifest.model!r})"
 
     def search(
         self,
-        question: str,     # 1 to 8,000 characters
-        k: int = 4,        # passages to return at most
+        question: str,                                    # 1 to 8,000 characters
+        k: int = 4,                                       # passages to return at most
+        *,
+        groups: Iterable[str] | AllGroups | None = None,  # of the caller; None: what anyone may read; ALL_GROUPS: everything
+        retrieval: Retrieval | None = None,               # None: the best measured
+        where: Mapping[str, Any] | None = None,           # a condition on "source" and "meta_…" fields, in Chroma's notation
     ) -> list[Passage]:
-        "Return the passages nearest to `question`, best first. Raises `BadInputError`, `EmptyIndexError`."
-        text = check_question(question)
+        """Return the passages that answer `question` best, best first, of documents that the caller may read.
+
+        A document that another one replaces is left out, unless the question asks for what held on another day.
+        Raises `BadInputError`, and `EmptyIndexError` where nothing was ingested.
+        """
+        text, names = check_question(question), check_groups(groups)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= 1000:
             raise BadInputError(f"k is {k!r}.", "Ask for 1 to 1000 passages.")
-        vector = np.asarray(self.embeddings.embed_query(text), dtype=np.float32)
-        return self._ask(lambda store: self._nearest(store, vector, k))
+        matches({}, where or {})
+
+        def action(store: _Store) -> list[Passage]:
+            if not len(store.snapshot):
+                raise EmptyIndexError("The index is empty.", "Ingest documents first: llmops-ref ingest PATH")
+            return retrieve(self._view(store, names, text, where), text, k, retrieval or Retrieval())
+
+        return self._ask(action)
+
+    def view(
+        self,
+        groups: Iterable[str] | AllGroups | None = None,  # of the caller, as in `search`
+        *,
+        question: str | None = None,                      # decides whether replaced documents count; None: they do
+        where: Mapping[str, Any] | None = None,
+    ) -> _View:
+        "What a caller may read, at this moment, for a retrieval of one's own: `documents`, `dense`, `lexical`, `siblings`."
+        names = check_groups(groups)
+        matches({}, where or {})
+        return self._ask(lambda store: self._view(store, names, question, where))
+
+    def _view(self, store: _Store, groups: frozenset[str] | AllGroups, question: str | None, where: Mapping[str, Any] | None) -> _View:
+        today = self.today()
+        return _View(store, groups, None if question is None or asks_for_other_versions(question, today) else today, where)
 
     def ingest(
         self,
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],    # files and folders
         progress: bool = True,                                              # a bar, where it takes over two seconds
+        *,
+        allowed_groups: Sequence[str] | None = None,    # readers of documents that name none; None: as before, and everyone for new ones
     ) -> IngestReport:
-        "Bring the index up to date with `paths`. Raises `BadInputError`, `IndexLockedError`."
+        "Bring the index up to date with `paths`, in one step for those who search. Raises `BadInputError`, `IndexLockedError`."
         started = time.perf_counter()
+        given = None if allowed_groups is None else _label(_checked_names(allowed_groups))
         files, folders = _collect(paths)
         with self._writing() as writer:
-            for reading in _read_ahead(lambda file: _read_file(file, writer.known), writer.bar(files, progress)):
+            for reading in _read_ahead(lambda file: _read_file(file, writer.known, given), writer.bar(files, progress)):
                 writer.take(reading)
             writer.flush()
             writer.drop_vanished({file.path for file in files}, folders)
             writer.finish()
         counts = {name: writer.counts[name] for name in ("added", "updated", "unchanged", "deleted")}
-        return IngestReport(**counts, failed=writer.failed, chunks=len(self), seconds=round(time.perf_counter() - started, 3))
+        return IngestReport(**counts, failed=writer.failed, chunks=len(self), seconds=round(time.perf_counter() - started, 3), closed=writer.closed)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[_Writer]:
@@ -450,6 +998,10 @@ class KnowledgeBase:
                 writer = _Writer(self)
                 try:
                     yield writer
+                except Exception:
+                    with contextlib.suppress(Exception):    # what was written whole is kept; the first error is the one to tell
+                        writer.finish()
+                    raise
                 finally:
                     writer.close()
         except Timeout as error:
@@ -466,19 +1018,24 @@ class KnowledgeBase:
     def _reopen(self) -> _Store:
         "Read the manifest again and open its generation with a client of its own."
         with self._guard:
-            self._seen = self._stamp()
-            self._manifest = _Manifest.read(self.path)
-            if not self._intact(self._folder(self._manifest.generation)):
-                raise IndexDamagedError("The index's vector files are damaged or missing.", "Run ingest again: it rebuilds them.")
-            try:
-                self._store = _Store(self._folder(self._manifest.generation))
-            except LlmopsRefError:
-                raise
-            except Exception as error:
-                raise IndexDamagedError(
-                    f"The index's database cannot be opened ({error}).", "Delete the index folder and ingest the documents again."
-                ) from error
-            return self._store
+            while True:
+                self._seen = self._stamp()
+                manifest = _Manifest.read(self.path)
+                self._match_model(manifest)
+                self._manifest = manifest
+                if not self._intact(self._folder(manifest.generation)):
+                    raise IndexDamagedError("The index's vector files are damaged or missing.", "Run ingest again: it rebuilds them.")
+                try:
+                    store = self._opened(manifest.generation)
+                except LlmopsRefError:
+                    raise
+                except Exception as error:
+                    raise IndexDamagedError(
+                        f"The index's database cannot be opened ({type(error).__name__}).", "Delete the index folder and ingest the documents again."
+                    ) from error
+                if self._seen == self._stamp():    # else a writer may have deleted what we opened
+                    self._store = store
+                    return store
 
     def _open_to_write(self) -> None:
         "Open the current generation; if its vector files are damaged, drop them and mark the index for repair."
@@ -490,17 +1047,19 @@ class KnowledgeBase:
                 raise
             (self.path / _MARKER).touch()
             _remove_vectors(folder)
-            self._store = _Store(folder)
+            self._store = self._opened(self._manifest.generation)
 
     def _intact(self, folder: Path) -> bool:
         "Whether the vector files are those that the manifest names."
         found = _vector_files(folder) if self._manifest.files else {}
         return all(found.get(name) == value for name, value in self._manifest.files.items())
 
-    def _publish(self, manifest: _Manifest) -> None:
-        "Write the manifest; open its generation where that is a new one."
+    def _publish(self, manifest: _Manifest, snapshot: _Snapshot | None = None) -> None:
+        "Show a new snapshot of this generation, or write the manifest that names another one and open that."
         with self._guard:
             changed = manifest.generation != self._manifest.generation
+            if self._store is not None and snapshot is not None:
+                self._store.snapshot = snapshot
             manifest.write(self.path)
             self._manifest, self._seen = manifest, self._stamp()
             if changed:
@@ -509,37 +1068,52 @@ class KnowledgeBase:
     def _folder(self, generation: int) -> Path:
         return self.path / f"generation-{generation:06d}"
 
+    def _next_generation(self) -> int:
+        "A number that no published generation has."
+        return 1 + max(self._manifest.generation, self._manifest.beside["generation"] if self._manifest.beside else 0)
+
+    def _opened(self, generation: int) -> _Store:
+        "A generation with the model of its vectors and with its snapshot, which is made from the rows where it is damaged."
+        folder = self._folder(generation)
+        store = _Store(folder)
+        store.embeddings = self.embeddings
+        try:
+            store.snapshot = _Snapshot.load(folder / _ROWS, check=self._checked != folder.name)
+        except Exception:    # missing or damaged: the rows of the store say what it was
+            store.snapshot = _derived(store, self._manifest.dimensions)
+        self._checked = folder.name
+        return store
+
+    def _match_model(self, manifest: _Manifest) -> None:
+        "Choose the model that made the vectors, where the manifest names another than we use."
+        if self._matched != manifest.probe:
+            if self._loads and manifest.model not in map(_model_name, self._models):
+                self._models += _recorded_model(manifest.model)
+            self.embeddings, self._matched = _choose_model(manifest, self._models), manifest.probe
+
     def _ask(self, action: Callable[[_Store], _Result]) -> _Result:
-        "Run a read on the current generation; if another process has changed it meanwhile, look again."
-        store = self._store
+        "Run a read on one state of the index; if it has changed meanwhile, run it again on the new one."
+        failed = False
         for attempt in range(3):
+            store = self._store
             try:
-                if attempt or store is None or self._seen != self._stamp():
+                if failed or store is None or self._seen != self._stamp():
                     store = self._reopen()
-                return action(store)
+                snapshot = store.snapshot
+                result = action(store)
+                if attempt == 2 or (store.snapshot is snapshot and self._seen == self._stamp() and not store.gone()):
+                    return result
+            except _ModelFailure as failure:
+                raise failure.error from None
             except LlmopsRefError as error:
-                if attempt == 2 or not isinstance(error, IndexDamagedError) or self._seen == self._stamp():
+                if attempt == 2 or not isinstance(error, (IndexDamagedError, EmptyIndexError)) or self._seen == self._stamp():
                     raise    # unless another process has replaced the index while we opened it
             except Exception as error:
                 if attempt == 2:
-                    raise IndexDamagedError(f"The index cannot be read ({error}).", "Run ingest again: it rebuilds the index.") from error
+                    raise IndexDamagedError(f"The index cannot be read ({type(error).__name__}).", "Run ingest again: it rebuilds the index.") from error
+                failed = True
                 time.sleep(0.1 * (attempt + 1))
         raise AssertionError("unreachable")
-
-    def _nearest(self, store: _Store, vector: Any, k: int) -> list[Passage]:
-        "Query the vector index; while a write is unfinished, keep only the current version of each document."
-        unfinished = (self.path / _MARKER).exists()
-        found = _patiently(lambda: store.rows.query(
-            query_embeddings=[vector], n_results=2 * k if unfinished else k, include=["documents", "metadatas", "distances"]))
-        rows = list(zip(found["ids"][0], found["documents"][0], found["metadatas"][0], found["distances"][0], strict=True))
-        if not rows and not store.rows.count():
-            raise EmptyIndexError("The index is empty.", "Ingest documents first: llmops-ref ingest PATH")
-        if any(text is None for _, text, _, _ in rows):
-            raise RuntimeError("rows vanished while they were read")
-        if unfinished:
-            rows = _without_stale(store, rows)
-        passages = [_passage(*row) for row in rows]
-        return sorted(passages, key=lambda passage: (-round(passage.score, 6), passage.chunk_id))[:k]
 
 # %% ../nbs/knowledge_base.ipynb #49593799
 _MAX_QUESTION = 8000    # characters; the embedding model reads about 1,000 of them
@@ -556,19 +1130,12 @@ def check_question(
     return question.strip()
 
 
-def _passage(chunk_id: str, text: str, row: Mapping[str, Any], distance: float) -> Passage:
-    "Build a passage from a row of the collection."
-    extra = {name[5:]: value for name, value in sorted(row.items()) if name.startswith("meta_")}
-    return Passage(text, row["source"], row.get("page"), row.get("section"), round(1 - float(distance), 6), chunk_id, row["start"], row["end"], extra, row.get("header"))
-
-
-def _without_stale(store: _Store, rows: Sequence[tuple[str, str, Mapping[str, Any], float]]) -> list[tuple[str, str, Mapping[str, Any], float]]:
-    "Where two versions of a document were found, keep the newest complete one."
-    versions: dict[str, set[str]] = {}
-    for _, _, row, _ in rows:
-        versions.setdefault(str(row["path"]), set()).add(str(row["fingerprint"]))
-    current = {path: _current_version(store.metadata({"path": path})) for path, found in versions.items() if len(found) > 1}
-    return [item for item in rows if current.get(str(item[2]["path"])) in (None, item[2]["fingerprint"])]
+def _checked_names(groups: Iterable[str]) -> tuple[str, ...]:
+    "The readers that an ingest gives. Raises `BadInputError`."
+    names = [] if isinstance(groups, (str, bytes)) else list(groups)
+    if isinstance(groups, (str, bytes)) or (names and not group_names(names)):
+        raise BadInputError("allowed_groups is no list of group names.", 'Give a list: allowed_groups=["staff"].')
+    return group_names(names)
 
 
 def _create(folder: Path, embeddings: Embeddings, lock_timeout: float) -> None:
@@ -588,15 +1155,19 @@ class _Writer:
         self.base = base
         self.counts: Counter[str] = Counter()
         self.failed: list[FailedFile] = []
+        self.closed: list[str] = []
         self._marker = base.path / _MARKER
         self._changes = 0
         self._group: list[_Reading] = []
         self._writes = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._bar: Any = None
-        if self._marker.exists() or not _searchable(self._store):
+        self._stale: dict[str, list[str]] = {}    # rows to delete when the next snapshot no longer shows them, by label
+        if self._marker.exists() or self._store.snapshot.damaged or not _searchable(self._store):
             self._repair()
-        self.known = {str(row["path"]): row for row in self._store.metadata({"index": 0}).values()}
+        folder, snapshot = base._folder(base._manifest.generation) / _ROWS, self._store.snapshot
+        self._draft = _Draft(folder, snapshot if snapshot.folder == folder else None, base._manifest.dimensions)
+        self.known = self._draft.known()
         self._sources = {str(row["source"]): path for path, row in self.known.items()}
 
     @property
@@ -614,11 +1185,13 @@ class _Writer:
     def take(self, reading: _Reading) -> None:
         "Count a reading; hold it until there is enough to embed in one go."
         if reading.reason:
-            self.failed.append(FailedFile(str(reading.file.path), reading.reason))
+            self.failed.append(FailedFile(_shown(reading.file.path), reading.reason))
         elif not reading.chunks:
             self.counts["unchanged"] += 1
             self._bar.update(reading.size)
         else:
+            if not reading.readers:
+                self.closed.append(_shown(reading.file.path))
             self._group.append(reading)
             if sum(len(held.chunks) for held in self._group) >= _GROUP:
                 self.flush()
@@ -628,33 +1201,41 @@ class _Writer:
         group, self._group = self._group, []
         if not group:
             return
-        texts = [chunk.text for reading in group for chunk in reading.chunks]
+        texts = [_indexed(chunk.text, {"context": chunk.context, "header": chunk.header}) for reading in group for chunk in reading.chunks]
         parts = []
         for low in range(0, len(texts), 2 * _GROUP):
             parts.append(_vectors(self.base.embeddings, texts[low:low + 2 * _GROUP]))
             self._bar.update(sum(reading.size for reading in group) * len(parts[-1]) / len(texts))
         self._wait()
-        self._pending = self._writes.submit(self._write, group, texts, np.concatenate(parts))
+        self._pending = self._writes.submit(self._write, group, np.concatenate(parts))
 
-    def _write(self, group: Sequence[_Reading], texts: Sequence[str], vectors: Any) -> None:
-        "Add the new versions, then delete the old ones: a document is never absent."
+    def _write(self, group: Sequence[_Reading], vectors: Any) -> None:
+        "Add the new versions; readers go on seeing the old ones until the next snapshot is published."
         self._marker.touch()
-        ids, rows = [], []
+        ids, texts, rows = [], [], []
         for reading in group:
             path = str(reading.file.path)
-            shared = {"path": path, "source": self._source(reading.file), "fingerprint": reading.fingerprint,
-                      "chunks": len(reading.chunks), "written": time.time_ns(), **reading.metadata}
+            shared = {"path": path, "source": self._source(reading.file), "fingerprint": reading.fingerprint, "chunks": len(reading.chunks),
+                      "written": time.time_ns(), "readers": _label(reading.readers), **({"given": reading.given} if reading.given else {}), **reading.metadata}
             for number, chunk in enumerate(reading.chunks):
                 ids.append(hashlib.sha256(f"{path}\n{reading.fingerprint}\n{number}".encode()).hexdigest()[:32])
-                place = {"page": chunk.page, "section": chunk.section, "header": chunk.header}
+                place = {"page": chunk.page, "section": chunk.section, "header": chunk.header, "context": chunk.context or None}
                 rows.append({**shared, "index": number, "start": chunk.start, "end": chunk.end, **{key: value for key, value in place.items() if value is not None}})
+                texts.append(chunk.text)
         self._store.add(ids, vectors, texts, rows)
-        self._changes += len(ids)
         for reading in group:
             known = str(reading.file.path) in self.known
             if known:
-                self._delete({"$and": [{"path": str(reading.file.path)}, {"fingerprint": {"$ne": reading.fingerprint}}]})
+                self._drop(str(reading.file.path))
             self.counts["updated" if known else "added"] += 1
+        self._draft.append(ids, vectors, texts, rows)
+        self._changes += len(ids)
+
+    def _drop(self, path: str) -> None:
+        "Leave a document out of the next snapshot."
+        for label, ids in self._draft.drop(path).items():
+            self._stale.setdefault(label, []).extend(ids)
+            self._changes += len(ids)
 
     def _source(self, file: _File) -> str:
         "The document's name: relative to its folder, and where another has that name already, with more of its path."
@@ -662,18 +1243,10 @@ class _Writer:
         if path in self.known:
             return str(self.known[path]["source"])
         relative = file.path.relative_to(file.root).as_posix()
-        for name in (relative, f"{file.root.name}/{relative}", path):
+        for name in map(_shown, (relative, f"{file.root.name}/{relative}", path)):
             if self._sources.setdefault(name, path) == path:
                 return name
         raise AssertionError("an absolute path is taken by another document")
-
-    def _delete(self, where: Mapping[str, Any]) -> None:
-        "Delete all rows that match."
-        ids = list(self._store.metadata(where))
-        if ids:
-            self._marker.touch()
-            self._store.delete(ids)
-            self._changes += len(ids)
 
     def _wait(self) -> None:
         "Let the write under way finish; its error is raised here."
@@ -686,73 +1259,81 @@ class _Writer:
         self._wait()
         for path in self.known:
             if Path(path) not in present and any(Path(path).is_relative_to(folder) for folder in folders):
-                self._delete({"path": path})
+                self._marker.touch()
+                self._drop(path)
                 self.counts["deleted"] += 1
 
     def finish(self) -> None:
-        "Settle the vectors on disk where much has changed, publish the manifest, and remove the marker."
+        "Publish what was written, in one step; delete what nobody sees any more; settle the vectors where much has changed."
         self._wait()
         if not self._marker.exists():
             return
-        manifest = self.base._manifest
-        if manifest.changes + self._changes >= _COMPACT_AFTER:
-            self._settle(set(self._store.metadata()))
+        manifest, changes = self.base._manifest, self.base._manifest.changes + self._changes
+        if changes >= max(_COMPACT_AFTER, len(self._store.snapshot) // 20):
+            gone = {chunk_id for ids in self._stale.values() for chunk_id in ids}
+            self._settle({chunk_id for chunk_id in self._store.metadata() if chunk_id not in gone}, self._draft.vectors())
         else:
-            self.base._publish(replace(manifest, changes=manifest.changes + self._changes))
+            self.base._publish(replace(manifest, changes=changes), self._draft.save())
+            for label, ids in self._stale.items():
+                self._store.delete(ids, label)
         self._marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         "Let a write under way end before the lock is given back, also after an error."
         self._writes.shutdown()
+        self._draft.close()
         if self._bar is not None:
             self._bar.close()
 
     def _repair(self) -> None:
         "After an interrupted write: keep each document's newest complete version, in a new generation."
         self._marker.touch()
-        rows = self._store.metadata()
-        documents: dict[str, dict[str, dict[str, Any]]] = {}
-        for chunk_id, row in rows.items():
-            documents.setdefault(str(row["path"]), {})[chunk_id] = row
-        current = {path: _current_version(versions) for path, versions in documents.items()}
-        self._settle({chunk_id for chunk_id, row in rows.items() if row["fingerprint"] == current[str(row["path"])]})
+        self._settle(set(_current_rows(self._store.metadata())))
 
-    def _settle(self, ids: set[str]) -> None:
+    def _settle(self, ids: set[str], vectors_of: Callable[[Sequence[str]], Any] | None = None) -> None:
         "Copy `ids` into a new generation whose vectors lie in files, and make it the current one in one step."
-        old, manifest, order = self._store, self.base._manifest, sorted(ids)
-        folder = self.base._folder(manifest.generation + 1)
-        shutil.rmtree(folder, ignore_errors=True)
-        new = _Store(folder, persist_at=max(2, len(order)))
-        for low in range(0, len(order), _PAGE):
-            self._copy(old, new, order[low:low + _PAGE])
-        if order:
-            new.rows.modify(configuration={"hnsw": {"sync_threshold": _NEVER}})
-        if new.rows.count() != len(order):
-            raise IndexDamagedError("A copy of the index came out incomplete.", "Check the disk, then run ingest again.")
-        self.base._publish(replace(manifest, generation=manifest.generation + 1, changes=0, files=_vector_files(folder)))
+        manifest, old = self.base._manifest, self._store
+        rows = {chunk_id: row for chunk_id, row in old.metadata().items() if chunk_id in ids}
+        order = _current_rows(rows)
+        sizes = Counter(str(rows[chunk_id]["readers"]) for chunk_id in order)
+        number, files = self._build((_copied(old, order[low:low + _PAGE], manifest.dimensions, vectors_of) for low in range(0, len(order), _PAGE)), sizes)
+        waiting = manifest.beside if manifest.beside and manifest.beside["role"] == "ready" else None
+        self.base._publish(replace(manifest, generation=number, changes=0, files=files, beside=waiting))
         self._changes = 0
-        for other in self.base.path.glob("generation-*"):    # the previous one stays for readers that are opening it
-            if other.name < self.base._folder(manifest.generation).name:
-                shutil.rmtree(other, ignore_errors=True)
+        self._sweep({number, manifest.generation})    # the previous one stays for readers that are opening it
 
-    def _copy(self, old: _Store, new: _Store, ids: Sequence[str]) -> None:
-        "Copy rows with their vectors, or embed their texts again where the vectors cannot be read."
-        page = _patiently(lambda: old.rows.get(ids=list(ids), include=["documents", "metadatas"]))
-        try:
-            found = _patiently(lambda: old.rows.get(ids=list(page["ids"]), include=["embeddings"]))
-            place = {chunk_id: number for number, chunk_id in enumerate(found["ids"])}
-            vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
-        except Exception:    # whatever is wrong with the vector files, the texts are in the database
-            vectors = _vectors(self.base.embeddings, page["documents"])
-        new.add(page["ids"], vectors, page["documents"], page["metadatas"])
+    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int]) -> tuple[int, dict[str, list[int]]]:
+        "Write rows (pages of ids, vectors, texts, metadata; `sizes`: how many of each label) into a new generation; return its number and its vector files."
+        number = self.base._next_generation()
+        folder = self.base._folder(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        new = _Store(folder, persist_at=sizes)
+        dimensions = self.base._manifest.dimensions
+        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions)) as draft:
+            for page in pages:
+                new.add(*page)
+                draft.append(*page)
+            new.seal()
+            if new.count() != sum(sizes.values()) or len(draft.save()) != sum(sizes.values()):
+                raise IndexDamagedError("A copy of the index came out incomplete.", "Check the disk, then run ingest again.")
+        return number, _vector_files(folder)
+
+    def _sweep(self, keep: set[int]) -> None:
+        "Delete the generations that are not in `keep` and not beside the current one."
+        beside = self.base._manifest.beside
+        names = {self.base._folder(number).name for number in {*keep, *([beside["generation"]] if beside else [])}}
+        for other in self.base.path.glob("generation-*"):
+            if other.name not in names:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _searchable(store: _Store) -> bool:
     "Whether the vector index can be loaded and answers."
     try:
-        rows = _patiently(lambda: store.rows.get(limit=1, include=["embeddings"]))
-        if len(rows["ids"]):
-            _patiently(lambda: store.rows.query(query_embeddings=rows["embeddings"], n_results=1))
+        for label, rows in store.collections().items():
+            page = _patiently(lambda rows=rows: rows.get(limit=1, include=["embeddings"]))  # type: ignore[misc]
+            if len(page["ids"]):
+                store.nearest(label, page["embeddings"][0], 1)
     except Exception:
         return False
     return True

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .core import BadInputError, ContextTooLongError, LlmopsRefError, require
 from .engine import Engine
+from .estimates import Estimate, bootstrap_interval, mcnemar
 from llmops_ref.model_memory import (
     AlreadyQuantizedError,
     MemoryEstimate,
@@ -49,18 +50,18 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Spread', 'Measurement', 'measurements_table', 'resident_bytes', 'watch_resident_peak', 'measure_together', 'measure',
-           'Estimate', 'mcnemar', 'ChoiceQuestion', 'handbook_questions', 'NotFiniteError', 'choose', 'QualityDelta',
-           'quality_table', 'compare_qualities', 'compare_quality', 'AlreadyQuantizedError', 'MemoryEstimate',
+           'ChoiceQuestion', 'handbook_questions', 'NotFiniteError', 'choose', 'QualityDelta', 'quality_table',
+           'compare_qualities', 'compare_quality', 'AlreadyQuantizedError', 'Estimate', 'MemoryEstimate',
            'NotEnoughMemoryError', 'QuantizationBackendError', 'QuantizedTensor', 'Recommendation', 'SCHEMES',
            'UnknownSchemeError', 'UnsupportedArchitectureError', 'UnsupportedSchemeError', 'dequantize', 'error_bound',
-           'fits', 'known_configs', 'load_quantized', 'load_quantized_chat', 'predict_memory', 'quantize', 'recommend',
-           'stored_bytes']
+           'fits', 'known_configs', 'load_quantized', 'load_quantized_chat', 'mcnemar', 'predict_memory', 'quantize',
+           'recommend', 'stored_bytes']
 
 # %% ../nbs/quantization.ipynb #666e3ce8
 _all_ = [
-    "AlreadyQuantizedError", "MemoryEstimate", "NotEnoughMemoryError", "QuantizationBackendError", "QuantizedTensor", "Recommendation",
-    "SCHEMES", "UnknownSchemeError", "UnsupportedArchitectureError", "UnsupportedSchemeError", "dequantize", "error_bound", "fits",
-    "known_configs", "load_quantized", "load_quantized_chat", "predict_memory", "quantize", "recommend", "stored_bytes",
+    "AlreadyQuantizedError", "Estimate", "MemoryEstimate", "NotEnoughMemoryError", "QuantizationBackendError", "QuantizedTensor",
+    "Recommendation", "SCHEMES", "UnknownSchemeError", "UnsupportedArchitectureError", "UnsupportedSchemeError", "dequantize", "error_bound",
+    "fits", "known_configs", "load_quantized", "load_quantized_chat", "mcnemar", "predict_memory", "quantize", "recommend", "stored_bytes",
 ]
 
 # %% ../nbs/quantization.ipynb #3a38438a
@@ -345,39 +346,6 @@ def measure(
         {name: model}, tokenizer, prompts=prompts, new_tokens=new_tokens, repeats=repeats, warmup=warmup, progress=progress
     )[name]
 
-# %% ../nbs/quantization.ipynb #86bee1cd
-@dataclass(frozen=True)
-class Estimate:
-    "A mean or rate with its 95% bootstrap interval over documents or questions."
-
-    value: float
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
-
-
-def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray],    # of how often each unit was drawn, shape (draws, units)
-    units: int,
-    draws: int = 2000,
-) -> Estimate:
-    "Percentile bootstrap (Efron 1979) over `units`, with the same draws every time."
-    times = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=draws)
-    low, high = np.quantile(statistic(times), [0.025, 0.975])
-    return Estimate(float(statistic(np.ones((1, units)))[0]), float(low), float(high))
-
-
-def mcnemar(
-    only_first: int,     # pairs that only the first got right
-    only_second: int,    # pairs that only the second got right
-) -> float:
-    "Two-sided p-value of the exact McNemar test (McNemar 1947): a fair coin for each pair on which the two differ."
-    differ = only_first + only_second
-    tail: float = sum(math.comb(differ, count) for count in range(min(only_first, only_second) + 1)) / 2**differ
-    return min(1.0, 2 * tail)
-
 # %% ../nbs/quantization.ipynb #e5c8de65
 @dataclass(frozen=True)
 class ChoiceQuestion:
@@ -544,7 +512,7 @@ def _delta(texts: Sequence[_Text], ours: Sequence[bool], theirs: Sequence[bool])
     )
 
     def rate(sums: np.ndarray) -> Estimate:
-        return _bootstrap(lambda times: (times @ sums) / (times @ tokens), len(texts))
+        return bootstrap_interval(lambda times: (times @ sums) / (times @ tokens), len(texts))
 
     log_ratio = rate(candidate - reference)
     gained = np.array(ours, float) - np.array(theirs, float)
@@ -554,13 +522,13 @@ def _delta(texts: Sequence[_Text], ours: Sequence[bool], theirs: Sequence[bool])
         tokens=int(tokens.sum()),
         perplexity=math.exp(candidate.sum() / tokens.sum()),
         reference_perplexity=math.exp(reference.sum() / tokens.sum()),
-        perplexity_ratio=Estimate(*(math.exp(value) for value in (log_ratio.value, log_ratio.low, log_ratio.high))),
+        perplexity_ratio=Estimate(math.exp(log_ratio.value), math.exp(log_ratio.low), math.exp(log_ratio.high), log_ratio.n),
         divergence=rate(divergence),
         top1_agreement=rate(agreed),
         questions=len(ours),
         accuracy=statistics.fmean(ours) if ours else None,
         reference_accuracy=statistics.fmean(theirs) if theirs else None,
-        accuracy_difference=_bootstrap(lambda times: times @ gained / times.sum(axis=1), len(ours)) if ours else None,
+        accuracy_difference=bootstrap_interval(lambda times: times @ gained / times.sum(axis=1), len(ours)) if ours else None,
         only_reference_right=only_theirs,
         only_candidate_right=only_ours,
         mcnemar_p=mcnemar(only_theirs, only_ours) if ours else None,

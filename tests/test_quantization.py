@@ -1,4 +1,4 @@
-"""llmops_ref.quantization: ratios that survive a busy machine, intervals that cover, a test that is exact, and refusals."""
+"""llmops_ref.quantization: ratios that survive a busy machine, quality against its definitions, and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from llmops_ref.quantization import (
     compare_qualities,
     compare_quality,
     handbook_questions,
-    mcnemar,
     measure,
     measure_together,
     quality_table,
@@ -149,28 +148,6 @@ def test_prompts_that_cannot_be_measured_are_refused(tokenizer, prompts, error, 
 def test_too_few_rounds_or_tokens_are_refused(tokenizer, options):
     with pytest.raises(BadInputError, match="Too few"):
         measure(tiny(tokenizer), tokenizer, prompts=TEXTS, progress=False, **options)
-
-
-# --- statistics ---------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_mcnemar_is_the_exact_binomial_test(first, second):
-    scipy_stats = pytest.importorskip("scipy.stats")
-    expected = 1.0 if first + second == 0 else scipy_stats.binomtest(first, first + second, 0.5).pvalue
-    assert mcnemar(first, second) == pytest.approx(expected)
-    assert mcnemar(first, second) == mcnemar(second, first)
-
-
-def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
-    generator = np.random.default_rng(3)
-    covered = 0
-    for _ in range(200):
-        sample = generator.exponential(1.0, 40)
-        found = module._bootstrap(lambda times, sample=sample: (times @ sample) / times.sum(axis=1), len(sample), draws=400)
-        covered += found.low <= 1.0 <= found.high
-    assert 170 <= covered <= 199
 
 
 # --- quality ------------------------------------------------------------------------------------------------------
