@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['DEPTHS', 'TokenReader', 'signals', 'CalibrationError', 'Calibration', 'cross_validate', 'calibrate', 'collect',
-           'recalibrate', 'best_cosine', 'Answerability', 'trade_off']
+           'load_rows', 'recalibrate', 'best_cosine', 'Answerability', 'trade_off']
 
 # %% ../nbs/answerability.ipynb #7e514e22
 DEPTHS = (2, 4, 5, 6)    # layers of the six whose token vectors are looked at
@@ -170,8 +170,9 @@ class Calibration:
         "Read a calibration. Raises `CalibrationError`."
         file = resources.files("llmops_ref") / "data" / "answerability.json" if path is None else Path(path)
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+            stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+            return cls(**fields)
         except (OSError, ValueError, TypeError) as error:
             raise CalibrationError(f"The calibration cannot be read ({type(error).__name__}).", "Write it with `Calibration.save`.") from error
 
@@ -251,8 +252,22 @@ def collect(
     for item in questions:
         found = signals(item["user_input"], search(item["user_input"], item.get("groups") or ["everyone"]), reader)
         kept = {name: item[name] for name in ("id", "expected", "kind", "split", "source") if name in item}
-        rows.append({**kept, "signals": {name: round(value, 5) for name, value in found.items()}})
+        rows.append({**kept, "signals": {name: round(value, 4) for name, value in found.items()}})
     return rows
+
+
+def load_rows(
+    path: str | os.PathLike[str],     # as `recalibrate` writes it
+) -> list[dict[str, Any]]:            # as `collect` returns them
+    "Read collected questions: the names of the signals stand in the first line, a question in each other one."
+    names, *rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [{**row, "signals": dict(zip(names, row["signals"], strict=True))} for row in rows]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [list(rows[0]["signals"]), *({**row, "signals": list(row["signals"].values())} for row in rows)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _search(base: KnowledgeBase, question: str, groups: Sequence[str]) -> list[Passage]:
@@ -275,8 +290,7 @@ def recalibrate(
                 questions = [json.loads(line) for line in data.joinpath(name).read_text(encoding="utf-8").splitlines()]
                 found = collect(questions, partial(_search, base), reader)
                 rows += [{"set": name, **row} for row in found]
-    with atomic_path(Path(rows_file)) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    _write_rows(Path(rows_file), rows)
     made = calibrate([row for row in rows if row["split"] == "dev"])
     made.save(calibration)
     return made

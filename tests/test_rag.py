@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hash_embeddings import HashEmbeddings
 from hypothesis import given, settings
@@ -426,8 +427,6 @@ def test_quoting_restricted_text_gives_what_one_gets_without_the_document(divide
 
 
 def test_ten_thousand_questions_leak_nothing(divided, caplog):
-    from llmops_ref.evidence import rank_units
-
     caplog.set_level(logging.DEBUG)
     draw = random.Random(5)
     words = re.findall(r"\w+", f"{CARDS} {' '.join(SECRETS.values())} desk secret why who")
@@ -446,16 +445,28 @@ def test_ten_thousand_questions_leak_nothing(divided, caplog):
     divided.search = remembered
     pool = [" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(120)] + [text.replace(MARKERS[group], "") for group, text in SECRETS.items()] * 4
     groups_pool = [[], *[draw.sample([*MARKERS, "staff", "everyone", "FRAUD", "fraud "], draw.randint(1, 3)) for _ in range(9)]]
-    rags = [RAG(divided, Scripted(reply=reply), decline=judge, threshold=0.05) for reply, judge in (("Plus costs £8 a month [1].", best_cosine), (" ".join(SECRETS.values()), None))]
+
+    class Fast:
+        "A chat model without LangChain's machinery around it."
+
+        model_name = "fast"
+
+        def __init__(self, reply):
+            self.reply = reply
+
+        def stream(self, messages, config, **options):
+            yield AIMessageChunk(self.reply)
+
+    rags = [RAG(divided, Fast(reply), decline=judge, threshold=0.05) for reply, judge in (("Plus costs £8 a month [1].", best_cosine), (" ".join(SECRETS.values()), None))]
     for rag in rags:
-        rag.embed = lambda texts: __import__("numpy").ones((len(texts), 2), "float32")
+        rag.embed = lambda texts: np.ones((len(texts), 2), np.float32)
     for number in range(10_000):
         question, groups = draw.choice(pool), draw.choice(groups_pool)
         answer = rags[number % 50 == 0].ask(question, groups=groups)
         shown = f"{answer.text}{answer.citations}{answer.passages}{answer.dropped}{answer.declined_because}{answer.question}"
         leaks += any(mark in shown for group, mark in MARKERS.items() if group not in groups)
         asked += 1
-    assert asked == 10_000 and leaks == 0 and rank_units
+    assert asked == 10_000 and leaks == 0
     assert not any(mark in record.getMessage() for record in caplog.records for mark in MARKERS.values())
     assert any(MARKERS["fraud"] in str(found) for (_, groups), found in views.items() if "fraud" in groups), "the test can see a leak"
 
