@@ -173,7 +173,7 @@ class Calibration:
             stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
             return cls(**fields)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CalibrationError(f"The calibration cannot be read ({type(error).__name__}).", "Write it with `Calibration.save`.") from error
 
 # %% ../nbs/answerability.ipynb #4fdf0c5c
