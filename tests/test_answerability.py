@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmops_ref import answerability
-from llmops_ref.answerability import DEPTHS, Answerability, Calibration, CalibrationError, TokenReader, best_cosine, calibrate, collect, cross_validate, signals, trade_off
+from llmops_ref.answerability import (
+    DEPTHS,
+    Answerability,
+    Calibration,
+    CalibrationError,
+    TokenReader,
+    best_cosine,
+    calibrate,
+    collect,
+    cross_validate,
+    signals,
+    trade_off,
+)
 from llmops_ref.core import BadInputError
 from llmops_ref.documents import Passage
 

@@ -27,7 +27,19 @@ from llmops_ref.answerability import best_cosine
 from llmops_ref.core import BadInputError, LlmopsRefError
 from llmops_ref.documents import read_document
 from llmops_ref.knowledge_base import EmptyIndexError
-from llmops_ref.rag import RAG, Answer, KnowledgeBase, Passage, TokenCounter, Turn, build_prompt, find_support, follow_up, rewrite_with, supported
+from llmops_ref.rag import (
+    RAG,
+    Answer,
+    KnowledgeBase,
+    Passage,
+    TokenCounter,
+    Turn,
+    build_prompt,
+    find_support,
+    follow_up,
+    rewrite_with,
+    supported,
+)
 
 pytest.importorskip("chromadb")
 
