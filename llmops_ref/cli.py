@@ -21,7 +21,7 @@ from . import __version__
 from .core import BadInputError, LlmopsRefError, cache_dir, disable_telemetry
 
 if TYPE_CHECKING:
-    from llmops_ref.knowledge_base import IngestReport
+    from llmops_ref.knowledge_base import IngestReport, VectorServer
     from llmops_ref.rag import Answer
 
 # %% auto #0
@@ -97,6 +97,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _server(url: str | None) -> VectorServer | None:
+    "The Chroma server of `--server`; its token, where it wants one, comes from `$LLMOPS_REF_SERVER_TOKEN`."
+    if url is None:
+        return None
+    from llmops_ref.scaling import ChromaServer
+
+    token = os.environ.get("LLMOPS_REF_SERVER_TOKEN")
+    return ChromaServer(url, {"Authorization": f"Bearer {token}"} if token else {})
+
+
 def _ingest(arguments: argparse.Namespace) -> int:
     from llmops_ref.knowledge_base import KnowledgeBase
 
@@ -104,7 +114,13 @@ def _ingest(arguments: argparse.Namespace) -> int:
     missing = [path for path in arguments.paths if not Path(path).exists()]
     if missing:
         raise BadInputError(f"There is no file or folder {missing[0]!r}.", "Check the path; nothing was ingested.")
-    report = KnowledgeBase.open(index).ingest(arguments.paths, progress=not arguments.json)
+    knowledge_base = KnowledgeBase.open(index, server=_server(arguments.server))
+    if arguments.engine == "ray":
+        from llmops_ref.scaling import ingest_with_ray
+
+        report = ingest_with_ray(knowledge_base, arguments.paths, progress=not arguments.json, workers=arguments.workers)
+    else:
+        report = knowledge_base.ingest(arguments.paths, progress=not arguments.json)
     print(_as_json(report) if arguments.json else _show_report(report))
     nothing_read = report.failed and not (report.added or report.updated or report.unchanged)
     return 2 if nothing_read else 0
@@ -119,7 +135,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     index = _index_to_ask(arguments.index)
     if not index.exists():
         raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH")
-    rag = RAG(KnowledgeBase.open(index), load_chat_model(arguments.model))
+    rag = RAG(KnowledgeBase.open(index, server=_server(arguments.server)), load_chat_model(arguments.model))
     groups = [name.strip() for name in arguments.groups.split(",") if name.strip()] if arguments.groups else None
     answer = rag.ask(arguments.question, arguments.k, groups=groups)
     print(_as_json(answer) if arguments.json else _show_answer(answer))
@@ -190,6 +206,117 @@ def _bench_quantization(arguments: argparse.Namespace) -> int:
     print(_as_json(results) if arguments.json else results_table(results))
     return 0
 
+
+def _bench_retrieval(arguments: argparse.Namespace) -> int:
+    from llmops_ref.models import load_embeddings
+    from llmops_ref.retrieval_bench import all_systems, bench_retrieval, load_dataset
+
+    dataset, embeddings = load_dataset(arguments.dataset, split=arguments.split), load_embeddings()
+    results = bench_retrieval(
+        dataset, all_systems(dataset, embeddings, arguments.systems), embeddings, out=arguments.out, k=arguments.k,
+        note=arguments.note, force=arguments.force, progress=not arguments.json,
+    )
+    print(_as_json(results) if arguments.json else results.table(reference=next(iter(results.systems))))
+    return 0
+
+# %% ../nbs/cli.ipynb #9cba2044
+def _opened(arguments: argparse.Namespace) -> Any:
+    "The index that the arguments name, which must be there; opened with the model that it records."
+    from llmops_ref.knowledge_base import KnowledgeBase
+
+    index = Path(arguments.index) if arguments.index else default_index()
+    if not index.exists():
+        raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH")
+    return KnowledgeBase.open(index, server=_server(arguments.server))
+
+
+def _embeddings(spec: str | None) -> Any:
+    "A model by its spec; `embedded:int8` and `embedded:float32` name the embedded model's precisions."
+    from llmops_ref.models import load_embeddings
+
+    provider, _, precision = (spec or "").partition(":")
+    return None if spec is None else load_embeddings("embedded", precision=precision) if provider == "embedded" and precision else load_embeddings(spec)
+
+
+def _show(report: Any, arguments: argparse.Namespace) -> int:
+    print(_as_json(report) if arguments.json else report)
+    return 0
+
+
+def _index_stats(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import index_stats
+
+    return _show(index_stats(_opened(arguments)), arguments)
+
+
+def _index_check(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import check_index
+
+    report = check_index(_opened(arguments), files=not arguments.no_files, sample=arguments.sample)
+    _show(report, arguments)
+    return 0 if report.ok else 1
+
+
+def _index_repair(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import repair_index
+
+    return _show(repair_index(_opened(arguments)), arguments)
+
+
+def _index_switch(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import reembed, switch
+
+    base = _opened(arguments)
+    if arguments.to is None:
+        return _show(switch(base, stale=arguments.stale), arguments)
+    return _show(reembed(base, _embeddings(arguments.to), switch=not arguments.prepare, progress=not arguments.json), arguments)
+
+
+def _index_rollback(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import rollback
+
+    return _show(rollback(_opened(arguments), _embeddings(arguments.to), stale=arguments.stale), arguments)
+
+# %% ../nbs/cli.ipynb #d56bbf6c
+def _index_discard(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import discard
+
+    return _show(discard(_opened(arguments)), arguments)
+
+
+def _index_delete(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import delete_documents
+
+    return _show(delete_documents(_opened(arguments), arguments.sources), arguments)
+
+
+def _index_export(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import export_index
+
+    return _show(export_index(_opened(arguments), arguments.file), arguments)
+
+
+def _index_import(arguments: argparse.Namespace) -> int:
+    from llmops_ref.index_operations import _exported_model, import_index
+    from llmops_ref.knowledge_base import KnowledgeBase
+
+    index, model = Path(arguments.index) if arguments.index else default_index(), _exported_model(arguments.file)
+    base = KnowledgeBase.open(index, None if (index / "index.json").exists() else model, server=_server(arguments.server))
+    return _show(import_index(base, arguments.file, replace_all=arguments.replace), arguments)
+
+
+_INDEX_COMMANDS = {
+    "stats": (_index_stats, "documents, chunks, bytes, model, age"),
+    "check": (_index_check, "look for everything that can be wrong, and change nothing; exit code 1 where something is"),
+    "repair": (_index_repair, "mend what can be mended without the source files"),
+    "switch": (_index_switch, "switch to another model's vectors, beside which readers go on"),
+    "rollback": (_index_rollback, "go back to the vectors before the last switch"),
+    "discard": (_index_discard, "delete the vectors that one could switch or roll back to"),
+    "delete": (_index_delete, "erase documents, so that no byte of them is left in the index"),
+    "export": (_index_export, "write the index into one parquet file"),
+    "import": (_index_import, "read an exported file into an empty index"),
+}
+
 # %% ../nbs/cli.ipynb #b43fc256
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmops-ref", description="Ask your documents, offline, with citations.")
@@ -208,6 +335,8 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "check Python, packages, GPU, models, disk and one real answer")
     ingest = command("ingest", _ingest, "index documents; only what changed since the last time")
     ingest.add_argument("paths", nargs="+", metavar="PATH", help="a file or a folder")
+    ingest.add_argument("--engine", choices=("plain", "ray"), default="plain", help="ray: spread reading and embedding over Ray's workers")
+    ingest.add_argument("--workers", type=int, metavar="N", help="of Ray; default: one a CPU, or one a GPU")
     ask = command("ask", _ask, "answer a question from an index, with citations")
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--model", metavar="SPEC", help="provider:model; default: LLMOPS_REF_CHAT_MODEL, else embedded")
@@ -215,13 +344,36 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--groups", metavar="A,B", help="the asker's groups; default: only what anyone may read")
     for sub in (ingest, ask):
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
+        sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
     command("demo", _demo, "index the sample handbook and ask three questions")
-    _add_quantization(commands, command)
+    _add_retrieval_bench(_add_quantization(commands, command), command)
+    _add_index(commands, command)
     return parser
 
 
-def _add_quantization(commands: Any, command: Any) -> None:
-    "The commands `quantize predict` and `bench quantization`."
+def _add_index(commands: Any, command: Any) -> None:
+    "The commands `index stats`, `index check` and the others on an index."
+    text = "count, check, mend, move or erase what an index holds; change its model"
+    group = commands.add_parser("index", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    subs = {name: command(name, function, what, group) for name, (function, what) in _INDEX_COMMANDS.items()}
+    for sub in subs.values():
+        sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
+        sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
+    subs["check"].add_argument("--no-files", action="store_true", help="do not compare documents with their files")
+    subs["check"].add_argument("--sample", type=int, default=2000, metavar="N", help="chunks to look up by their own vector; default: 2000")
+    subs["switch"].add_argument("--to", metavar="SPEC", help="embed the index by this model first, such as embedded:int8")
+    subs["switch"].add_argument("--prepare", action="store_true", help="with --to: embed, and leave the switch for later")
+    subs["rollback"].add_argument("--to", metavar="SPEC", help="the previous model, where it is not an embedded one")
+    for name in ("switch", "rollback"):
+        subs[name].add_argument("--stale", action="store_true", help="although documents have changed since; ingest again afterwards")
+    subs["delete"].add_argument("sources", nargs="+", metavar="SOURCE", help="a document, by the name that search results give")
+    subs["export"].add_argument("file", metavar="FILE", help="the parquet file to write")
+    subs["import"].add_argument("file", metavar="FILE", help="a file that `index export` wrote")
+    subs["import"].add_argument("--replace", action="store_true", help="put it in the place of what the index holds")
+
+
+def _add_quantization(commands: Any, command: Any) -> Any:
+    "The commands `quantize predict` and `bench quantization`; returns the group of `bench`."
     text = "predict what a quantized model needs"
     group = commands.add_parser("quantize", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
     predict = command("predict", _quantize_predict, "memory of a model by scheme, from its config alone", group)
@@ -245,6 +397,19 @@ def _add_quantization(commands: Any, command: Any) -> None:
     bench.add_argument("--new-tokens", type=int, metavar="N", help="decode steps timed in a repeat")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a row; default: 3")
     bench.add_argument("--minutes", type=float, metavar="M", help="start no further row after this time")
+    bench.add_argument("--force", action="store_true", help="measure again what is there")
+    return group
+
+
+def _add_retrieval_bench(group: Any, command: Any) -> None:
+    "The command `bench retrieval`."
+    bench = command("retrieval", _bench_retrieval, "how often searches find the page that holds the evidence", group)
+    bench.add_argument("dataset", metavar="DATASET", help="a folder with questions.jsonl and pdfs or documents; or handbook")
+    bench.add_argument("--out", required=True, metavar="FILE", help="results; systems that are there are not measured again")
+    bench.add_argument("--systems", nargs="+", metavar="NAME", help="such as plain, full, knowledge-base; default: all")
+    bench.add_argument("--split", metavar="NAME", help="only questions that are marked with it, such as dev")
+    bench.add_argument("--k", type=int, default=40, metavar="N", help="passages asked for, to rank places; default: 40")
+    bench.add_argument("--note", default="", metavar="TEXT", help="kept with the results, such as the data's source and terms")
     bench.add_argument("--force", action="store_true", help="measure again what is there")
 
 

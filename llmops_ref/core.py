@@ -129,6 +129,7 @@ _TELEMETRY_SWITCHES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",              # Hugging Face
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",       # litellm fetches its price list at import otherwise
     "RAGAS_DO_NOT_TRACK": "true",                 # RAGAS
+    "RAY_USAGE_STATS_ENABLED": "0",               # Ray
     "TOKENIZERS_PARALLELISM": "false",            # not telemetry: silences a fork warning in every notebook
 }
 

@@ -14,6 +14,8 @@ import json
 import math
 import os
 import re
+import zipfile
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,9 +27,9 @@ import yaml
 from .core import BadInputError, require
 
 # %% auto #0
-__all__ = ['MAX_PAGE_CHARACTERS', 'MAX_PAGES', 'SUPPORTED_SUFFIXES', 'TABLE_RULE', 'UnreadableDocumentError',
-           'DocumentTooLargeError', 'Block', 'Document', 'read_document', 'estimate_tokens', 'sentences', 'Chunk',
-           'split_document', 'Passage']
+__all__ = ['MAX_UNPACKED', 'MAX_XML', 'MAX_PAGE_CHARACTERS', 'MAX_PAGES', 'SUPPORTED_SUFFIXES', 'MAX_BYTES', 'TABLE_RULE',
+           'UnreadableDocumentError', 'DocumentTooLargeError', 'Block', 'Document', 'read_document', 'estimate_tokens',
+           'sentences', 'Chunk', 'split_document', 'Passage']
 
 # %% ../nbs/documents.ipynb #044c0389
 class UnreadableDocumentError(BadInputError):
@@ -57,17 +59,286 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)    # front matter, HTML meta tags, document properties
 
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
 def _document(parts: Iterable[tuple[str, int | None, str | None]], metadata: Mapping[str, Any] | None = None) -> Document:
     "Join `(text, page, section)` parts with an empty line between them, and note where each came to stand."
     bodies, blocks, start = list[str](), list[Block](), 0
     for body, page, section in parts:
-        if body := body.strip():
+        if body := (_whole(body) if _SURROGATE.search(body) else body).strip():
             blocks.append(Block(start, start + len(body), page, section))
             bodies.append(body)
             start += len(body) + 2
     if not blocks:
         raise UnreadableDocumentError("The file holds no text.", "If it is a scan, run text recognition (OCR) first.")
     return Document("\n\n".join(bodies), tuple(blocks), dict(metadata or {}))
+
+# %% ../nbs/documents.ipynb #5e10ccae
+def _outline(items: Iterable[tuple[int, str]]) -> Iterator[tuple[str, int | None, str | None]]:
+    "Turn `(heading level, or 0 for body; text)` into sections; a heading without a body joins the next section."
+    path: list[tuple[int, str]] = []
+    held: list[str] = []
+    has_body = False
+    for level, text in items:
+        if level:
+            if has_body:
+                yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
+                held, has_body = [], False
+            path = [entry for entry in path if entry[0] < level] + [(level, text.strip("# \n"))]
+        elif text.strip():
+            has_body = True
+        if text.strip():
+            held.append(text)
+    if held:
+        yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
+
+# %% ../nbs/documents.ipynb #1f939f9a
+_CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
+
+
+def _decode(data: bytes) -> str:
+    "Decode UTF-8, UTF-8 or UTF-16 with a byte-order mark, else Windows-1252; refuse what is not text."
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode("utf-16").replace("\r\n", "\n")
+    sample = data[:65536]
+    if b"\x00" in sample or sum(byte in _CONTROLS for byte in sample) > len(sample) / 100:
+        raise UnreadableDocumentError("The file is binary, not text.", "Give it the suffix of its real format.")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    raise UnreadableDocumentError("The text's encoding is unknown.", "Save it as UTF-8.")
+
+
+def _read_text(data: bytes) -> Document:
+    "Plain text: one block without page or section."
+    return _document([(_decode(data), None, None)])
+
+# %% ../nbs/documents.ipynb #4ed64b75
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+
+
+def _read_markdown(data: bytes) -> Document:
+    "Markdown: YAML front matter becomes metadata, headings become sections, comments are dropped."
+    text, metadata = _decode(data), dict[str, Any]()
+    if match := _FRONT_MATTER.match(text):
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match.group(1), yaml.SafeLoader)):
+                raise ValueError("a few lines of aliases can stand for gigabytes")
+            loaded = yaml.safe_load(match.group(1))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UnreadableDocumentError("The front matter is not valid YAML.", "Correct the lines between the --- marks.") from error
+        if isinstance(loaded, dict):
+            metadata, text = loaded, text[match.end():]
+    return _document(_outline(_markdown_items(text)), metadata)
+
+
+def _markdown_items(text: str) -> Iterator[tuple[int, str]]:
+    "Headings and the text between them; a `#` inside a fenced code block is no heading."
+    fence = ""
+    body: list[str] = []
+    for line in _COMMENT.sub("", text).split("\n"):
+        mark = re.match(r" {0,3}(```+|~~~+)", line)
+        if mark and (not fence or mark.group(1).startswith(fence)):
+            fence = "" if fence else mark.group(1)
+        heading = None if fence else re.match(r" {0,3}(#{1,6})[ \t]+\S", line)
+        if heading:
+            yield 0, "\n".join(body).strip("\n")
+            body = []
+            yield len(heading.group(1)), line.strip()
+        else:
+            body.append(line.rstrip())
+    yield 0, "\n".join(body).strip("\n")
+
+# %% ../nbs/documents.ipynb #0f5dcc12
+_BLOCK_TAGS = frozenset(re.findall(r"\w+", """
+    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form
+    h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section summary table tbody td tfoot th thead tr ul"""))
+_SILENT_TAGS = frozenset(("script", "style", "template", "noscript", "nav", "svg", "head"))
+_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+
+
+def _read_html(data: bytes) -> Document:
+    "HTML: visible text only, headings become sections, tables become Markdown tables."
+    lxml_html = require("lxml.html", extra="rag")
+    text = _decode(data)
+    declared = re.search(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w-]{3,20})", data[:4096], re.IGNORECASE)
+    if declared and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            text = data.decode(declared.group(1).decode("ascii"))
+    parser = lxml_html.HTMLParser(encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
+    try:
+        root = lxml_html.document_fromstring(re.sub(r"[\x00-\x08\x0b\x0e-\x1f\ud800-\udfff]", "", text).encode(), parser=parser)
+    except Exception as error:    # lxml names its errors after the parser's steps; all mean the same to the reader
+        raise UnreadableDocumentError("The file is not readable HTML.", "Open it in a browser and save it again.") from error
+    if any("depth" in entry.message for entry in parser.error_log):
+        raise DocumentTooLargeError("The HTML nests its elements more than two thousand deep, and a parser drops what is deeper.", "Repair or flatten it.")
+    metadata = {tag.get("name"): _meta_value(tag.get("content")) for tag in root.iter("meta") if tag.get("name") and tag.get("content")}
+    if title := " ".join((root.findtext(".//title") or "").split()):
+        metadata.setdefault("title", title)
+    for tag in [tag for tag in root.iter() if tag.tag in _SILENT_TAGS or tag.get("hidden") is not None or _HIDDEN.search(tag.get("style", ""))]:
+        if tag.getparent() is not None:
+            tag.drop_tree()
+    return _document(_outline(_html_items(root)), metadata)
+
+
+def _html_items(root: Any) -> Iterator[tuple[int, str]]:
+    "Walk the elements in reading order without recursion; a paragraph for each block element."
+    walk = require("lxml.etree", extra="rag").iterwalk(root, events=("start", "end"))
+    body, blocks, last = list[str](), [root], None
+    for event, node in walk:
+        words = (node.text if event == "start" else node.tail) or ""
+        if event == "start" and (node.tag == "table" and next(node.iterdescendants("table"), None) is None):
+            body.append(("\n\n" if body else "") + _table(_html_rows(node)))
+            last, words = node, ""
+            walk.skip_subtree()
+        elif event == "start" and re.fullmatch(r"h[1-6]", node.tag):
+            yield 0, "".join(body)
+            yield int(node.tag[1]), " ".join("".join(node.itertext()).split())
+            body, last, words = [], node, ""
+            walk.skip_subtree()
+        elif node.tag in _BLOCK_TAGS:
+            if event == "start":
+                blocks.append(node)
+            elif len(blocks) > 1 and blocks[-1] is node:
+                blocks.pop()
+        if words.strip():
+            block = blocks[-1]
+            words = words.strip("\n") if block.tag == "pre" else re.sub(r"\s+", " ", words)
+            gap = "" if not body or block is last else "\n" if block.tag in ("li", "td", "th") else "\n\n"
+            body.append(gap + (words if block is last else words.lstrip()))
+            last = block
+        elif words and body and blocks[-1] is last and not body[-1].endswith(" "):
+            body.append(" ")
+    yield 0, "".join(body)
+
+# %% ../nbs/documents.ipynb #dd793787
+_MAX_SPAN = 200    # a cell may claim to cover a thousand million columns
+
+
+def _html_rows(table: Any) -> list[list[str]]:
+    "The rows of an HTML table, of equal length."
+    grid: list[list[tuple[int, int, str]]] = []
+    below: dict[int, int] = {}    # columns taken by cells that reach down from rows above: for how many more rows
+    for row in table.iter("tr"):
+        cells, place, reaching = list[tuple[int, int, str]](), 0, dict[int, int]()
+        for cell in row.iterchildren("td", "th"):
+            while below.get(place, 0) > 0:
+                place += 1
+            last = place + _span(cell, "colspan") - 1
+            cells.append((place, last, " ".join(" ".join(cell.itertext()).split())))
+            reaching.update(dict.fromkeys(range(place, last + 1), _span(cell, "rowspan")))
+            place = last + 1
+        below = {place: rows - 1 for place, rows in {**below, **reaching}.items() if rows > 1}
+        grid.append(_joined_signs(cells))
+    if sum(map(len, grid)) * 4 < len(grid) * max(map(len, grid), default=0):
+        return [[text for _, _, text in cells] for cells in grid if cells]    # mostly holes: padding it could fill the memory
+    ends = {last for cells in grid for first, last, text in cells if text and (first == last or (_VALUE.fullmatch(text) and not _YEAR.fullmatch(text)))}
+    return [row for row in (_placed(cells, sorted(ends)) for cells in grid) if any(row)]
+
+
+def _span(cell: Any, name: str) -> int:
+    "How many columns or rows a cell covers."
+    text = cell.get(name, "1").strip()
+    return max(1, min(int(text), _MAX_SPAN)) if re.fullmatch(r"\d{1,9}", text) else 1
+
+
+def _joined_signs(cells: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    "Cells without the empty ones; a currency sign joins the next, a closing bracket or percent sign the one before."
+    joined: list[tuple[int, int, str]] = []
+    for first, last, text in cells:
+        if joined and re.fullmatch(r"[)%]+", text):
+            joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + text)
+        elif joined and re.fullmatch(r"[$€£¥(]+", joined[-1][2]) and text:
+            joined[-1] = (joined[-1][0], last, joined[-1][2] + text)
+        elif text:
+            joined.append((first, last, text))
+    return joined
+
+
+def _placed(cells: Sequence[tuple[int, int, str]], ends: Sequence[int]) -> list[str]:
+    "Cells put into the columns that end at `ends`."
+    row = [""] * len(ends)
+    for first, last, text in cells:
+        low, high = bisect_left(ends, first), bisect_right(ends, last)
+        if high - low == len(ends) > 1:
+            high = low + 1    # a heading across the table
+        for place in range(low, high) if low < high else [min(low, len(ends) - 1)]:
+            row[place] += (" " if row[place] else "") + text
+    return row
+
+# %% ../nbs/documents.ipynb #faddd368
+def _table(rows: Sequence[Sequence[str]], has_header: bool = True) -> str:
+    "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if has_header and len(lines) > 1 else []), *lines[1:]])
+
+
+def _meta_value(content: str) -> Any:
+    "A meta tag's content; `[a, b]` is a list and `null` is nothing, as in Markdown's front matter."
+    if content.startswith("[") and content.endswith("]"):
+        return [item.strip() for item in content[1:-1].split(",") if item.strip()]
+    return None if content == "null" else content
+
+# %% ../nbs/documents.ipynb #4dec6a42
+MAX_UNPACKED = 512 * 2**20    # bytes of a Word file's parts in all, pictures included
+MAX_XML = 64 * 2**20          # bytes of its XML parts: the parsed tree takes about ten times that
+
+
+def _read_docx(data: bytes) -> Document:
+    "Word: paragraphs and tables in reading order, heading styles become sections."
+    docx = require("docx", extra="rag")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            parts = [(part.filename.endswith((".xml", ".rels")), part.file_size) for part in archive.infolist()]
+        if sum(size for _, size in parts) > MAX_UNPACKED or sum(size for is_xml, size in parts if is_xml) > MAX_XML:
+            raise DocumentTooLargeError(
+                f"The Word file unpacks to {sum(size for _, size in parts) / 2**20:,.0f} MiB, as zip bombs do.", "Split it, or save its text alone.")
+        file = docx.Document(io.BytesIO(data))
+        items = [_docx_item(item) for item in file.iter_inner_content()]
+        title = file.core_properties.title
+    except (UnreadableDocumentError, MemoryError):
+        raise
+    except Exception as error:    # python-docx lets zip, XML and key errors through; all mean the same to the reader
+        raise UnreadableDocumentError("The file is not a readable DOCX document.", "Open it in Word and save it again.") from error
+    return _document(_outline(items), {"title": title} if title else {})
+
+
+def _docx_item(item: Any) -> tuple[int, str]:
+    "One paragraph or table as `(level, text)`."
+    if hasattr(item, "rows"):
+        return 0, _table(_docx_rows(item))
+    style = (item.style.name or "") if item.style is not None else ""
+    level = 1 if style == "Title" else int(style[8:]) if re.fullmatch(r"Heading [1-9]", style) else 0
+    return level if item.text.strip() else 0, item.text.strip()
+
+
+def _docx_rows(table: Any) -> list[list[str]]:
+    "The cells of a table; one that covers several columns or rows stands in each of them."
+    rows: list[list[str]] = []
+    for row in table.rows:
+        cells: list[str] = []
+        for cell in row._tr.tc_lst:
+            above = rows[-1][len(cells)] if rows and len(cells) < len(rows[-1]) else ""
+            text = above if cell.vMerge == "continue" else " ".join(" ".join(paragraph.text for paragraph in cell.p_lst).split())
+            cells += [text] * min(cell.grid_span, _MAX_SPAN)
+        rows.append(cells)
+    return rows
+
+# %% ../nbs/documents.ipynb #e47bd0e5
+def _read_notebook(data: bytes) -> Document:
+    "Jupyter: the sources of markdown and code cells in order; outputs are left out."
+    try:
+        cells = json.loads(_decode(data))["cells"]
+        sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnreadableDocumentError("The file is not a valid notebook.", "Open it in Jupyter and save it again.") from error
+    items: list[tuple[int, str]] = []
+    for kind, source in sources:
+        items += _markdown_items(source) if kind == "markdown" else [(0, source)]
+    return _document(_outline(items))
 
 # %% ../nbs/documents.ipynb #36db65f3
 _HYPHENS = frozenset((0x02, 0xFFFE))               # PDFium's marks for a hyphen that the layout put at a line's end
@@ -131,7 +402,8 @@ def _lines_of(textpage: Any, turn: Callable[[_Box], _Box], view: _Box) -> list[_
         left, bottom = min(box[0] for box in boxes), min(box[1] for box in boxes)
         right, top = max(box[2] for box in boxes), max(box[3] for box in boxes)
         if right >= view[0] and left <= view[2] and top >= view[1] and bottom <= view[3]:
-            if fresh or abs(bottom - lines[-1].bottom) > max(top - bottom, lines[-1].height):
+            beside = bool(lines) and abs(bottom - lines[-1].bottom) < 0.2 * (top - bottom) and left > lines[-1].words[-1][2]
+            if not lines or (not beside if fresh else abs(bottom - lines[-1].bottom) > max(top - bottom, lines[-1].height)):
                 lines.append(_Line([], bottom, top - bottom, _is_bold(raw, textpage, first)))
             line = lines[-1]
             line.words.append((_characters(codes[first:last + 1]), left, right))
@@ -236,7 +508,7 @@ _MONTH = (r"(?:January|February|March|April|May|June|July|August|September|Octob
           r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\b\.?")
 _MARK = r"(?:\s?\([a-z\d]\)|[*†])?"                # a footnote's mark
 _VALUE = re.compile(
-    r"[-–—+($€£¥ ]*(?:\d[\d,.]*|[-–—]+|n/?[am]\.?|nm)[)%xX¢ ]*(?:bps?|pts?|pp)?[)%]*" + _MARK, re.IGNORECASE)
+    r"[-–—+($€£¥ ]*(?:\d[\d,.]*|[-–—]+|[*#]+|n/?[am]\.?|nm)[)%xX¢ ]*(?:bps?|pts?|pp)?[)%]*" + _MARK, re.IGNORECASE)
 _YEAR = re.compile(r"(?:FY ?|fiscal )?(?:19|20)\d\d[AEF]?" + _MARK, re.IGNORECASE)
 _DATE = re.compile(_MONTH + r" \d{1,2},?(?: (?:19|20)\d\d)?" + _MARK, re.IGNORECASE)
 _UNIT = re.compile(
@@ -376,10 +648,10 @@ def _build(lines: Sequence[_Line], grid: Sequence[Sequence[_Cell]], members: lis
     columns = sorted(columns + _merged(others))
     above, labels, unit = _above(lines, grid, members[0], columns, floor)
     header = _header(lines, grid, above, columns, lines[unit].text if unit is not None else "")
-    rows: list[list[str]] = []
+    rows, having = list[list[str]](), set(members)
     widest = max((grid[number][0].right for number in range(members[0], members[-1] + 1) if grid[number][0].right < columns[0][0]), default=0.0)
     for number in [*labels, *range(members[0], members[-1] + 1)]:
-        row = _row(grid[number], columns, number in members)
+        row = _row(grid[number], columns, number in having)
         before = lines[number - 1]
         wraps = row[0][:1].islower() or (before.words[-1][2] > widest - 2 * before.height and not before.text.endswith(":"))
         if rows and row[0] and wraps and (not any(rows[-1][1:]) or (row[0][:1].islower() and not any(row[1:]))):
@@ -411,12 +683,12 @@ def _above(
     "What belongs to a table above its row `first`: header lines, lines of labels under the header, and the line of the unit."
     found, labels, unit = list[int](), list[int](), None
     bottom, height = lines[first].bottom, lines[first].height
-    for number in range(first - 1, max(floor, first - 15) - 1, -1):
+    for number in range(first - 1, max(floor, first - 40) - 1, -1):
         line, cells = lines[number], grid[number]
         inside = [cell for cell in cells if cell.middle > columns[0][0] - 2 * height]
         if not -12 * height < line.bottom - bottom < 4 * height or line.text.endswith((".", ";")) or len(line.text) > 160:
             break
-        if len(cells) == 1 and _UNIT.search(line.text) and (unit is None) and len(line.text) < 120:
+        if len(cells) == 1 and _UNIT.search(line.text) and unit is None and len(line.text) < 90 and line.text[-1] != ":":
             unit = number
         elif len(cells) == 1 and not inside:
             if found or unit is not None or len(labels) == 2 or line.height > 1.3 * height:
@@ -440,31 +712,45 @@ def _header(lines: Sequence[_Line], grid: Sequence[Sequence[_Cell]], above: Sequ
     levels: dict[int, list[_Cell]] = {}
     for number in above:
         levels.setdefault(round(lines[number].bottom / 3), []).extend(grid[number])
+    covered = [
+        {bool(_SPANNING.search(cell.text)) for cells in levels.values() for cell in cells if _overlap(cell, column) > 0} for column in columns
+    ]
     for _, cells in sorted(levels.items(), reverse=True):
+        cells.sort(key=lambda cell: cell.left)
         inside = [cell for cell in cells if cell.middle > columns[0][0] - 2 * lines[above[0]].height]
+        inside = cells[-len(columns):] if len(cells) in (len(columns), len(columns) + 1) else inside
         header[0] += [cell.text for cell in cells if cell not in inside]
-        periods = [cell for cell in inside if _SPANNING.search(cell.text)]
+        places = [
+            inside[place:place + 1] if len(inside) == len(columns) else _over(inside, column, lines[above[0]].height, covered[place])
+            for place, column in enumerate(columns)
+        ]
         for cell in inside:
-            if cell not in periods:
-                over = [place for place, column in enumerate(columns) if _overlap(cell, column) > (column[1] - column[0]) / 2]
-                for place in over or [_nearest(cell, columns)]:
-                    header[place + 1].append(cell.text)
-        taken = {_nearest(cell, columns) for cell in inside if cell not in periods}
-        for place, (left, right) in enumerate(columns):
-            if periods and (place not in taken or (len(periods) == 1 and periods[0].right - periods[0].left > right - left)):
-                nearest = min(periods, key=lambda cell: (max(cell.left - right, left - cell.right, 0), abs(cell.middle - (left + right) / 2)))
-                header[place + 1].append(nearest.text)
+            if not any(cell in over for over in places):
+                places[_nearest(cell, columns)].append(cell)
+        for texts, over in zip(header[1:], places, strict=True):
+            texts += [cell.text for cell in over]
     return [" ".join(texts) for texts in header]
+
+
+def _over(cells: Sequence[_Cell], column: tuple[float, float], height: float, covered: set[bool]) -> list[_Cell]:
+    "The cells of one header line that belong to a column: those over it, a period over several columns, or a neighbour where nothing else is."
+    over = [cell for cell in cells if _overlap(cell, column) > 0.3 * min(cell.right - cell.left, column[1] - column[0])]
+    if over or not cells:
+        return over
+    nearest = max(cells, key=lambda cell: _overlap(cell, column))
+    if _SPANNING.search(nearest.text):
+        return [] if _YEAR.fullmatch(nearest.text) and covered else [nearest]
+    return [nearest] if not covered and -_overlap(nearest, column) < 2 * height else []
 
 # %% ../nbs/documents.ipynb #c4acd365
 _STATEMENT = re.compile(
-    r"(?:u\.s\. gaap )?(?:interim )?(?:unaudited )?(?:condensed )?(?:consolidated )?(?:condensed )?(?:balance sheets?"
-    r"|statements? of (?:consolidated )?(?:comprehensive |changes in )?(?:income|operations|earnings|loss|cash flows?|financial (?:position|condition)"
+    r"(?:u\.s\. gaap )?(?:interim )?(?:unaudited )?(?:(?:condensed |consolidated ){1,2}balance sheets?|balance sheets"
+    r"|(?:condensed |consolidated ){0,2}statements? of (?:consolidated )?(?:comprehensive |changes in )?(?:income|operations|earnings|loss|cash flows?|financial (?:position|condition)"
     r"|(?:stock|share)(?:holders|owners)['’]? ?(?:equity|investment|deficit)|equity|(?:total )?shareholders)\b.{0,50})(?: \(.*\))?", re.IGNORECASE)
 _FIXED = (
     (re.compile(r"PART [IVX]+\b.{0,60}"), 1),
     (re.compile(r"Item\s+\d+[A-C]?\b[.:]?.{0,120}", re.IGNORECASE), 2),
-    (re.compile(r"(?i:note) \d+\s?[.:—–-]?\s?[^\W\d_].{2,100}|(?i:notes to ).{0,80}|(?i:reports? of independent ).{0,80}"
+    (re.compile(r"(?i:note) \d+\s?[.:—–-]?(?:\s?[^\W\d_].{2,100})?|(?i:notes to ).{0,80}|(?i:reports? of independent ).{0,80}"
                 r"|EXHIBIT INDEX|(?i:signatures?|certifications?)"), 3),
     (_STATEMENT, 3),
 )
@@ -478,17 +764,17 @@ def _heading_level(line: _Line, page: _Line) -> _Level | None:
     "The rank of a line as a heading, smaller is higher; None for anything else. `page` has the page's text height and edges."
     text, letters = line.text, [letter for letter in line.text if letter.isalpha()]
     words, left, right = len(text.split()), line.words[0][1], line.words[-1][2]
-    if len(letters) < 3 or len(text) > 130 or words > 18 or text[0].islower() or len(_cells(line)) > 1 or _UNIT.search(text):
+    if len(letters) < 3 or len(text) > 130 or words > 18 or text[0].islower() or _UNIT.search(text):
         return None
     capitals = sum(letter.isupper() for letter in letters) > 0.9 * len(letters)
     stands_out = line.bold or capitals or line.height > 1.12 * page.height
     for pattern, rank in _FIXED:
         title = pattern is _STATEMENT and text.endswith(("s", "S", ")", "y", "Y", "e", "E", "n", "N")) and sum(map(str.isupper, text)) > words / 2
-        if pattern.fullmatch(text) and (stands_out or title) and text[-1] != ",":
+        if pattern.fullmatch(text) and (stands_out or title) and text[-1] != "," and not _is_row(_cells(line)):
             return (rank,)
     edges = (page.words[0][1], page.words[0][2])
     placed = left - edges[0] < 6 * line.height or abs(left + right - sum(edges)) < 6 * line.height    # at the margin, or centred
-    if not stands_out or not placed or text[-1] in ".,;:" or words > 14 or len(letters) < 0.6 * len(text.replace(" ", "")) or _NO_HEADING.fullmatch(text):
+    if not stands_out or not placed or len(_cells(line)) > 1 or text[-1] in ".,;:" or words > 14 or len(letters) < 0.6 * len(text.replace(" ", "")) or _NO_HEADING.fullmatch(text):
         return None
     return (4, -round(line.height / page.height, 1), not capitals, not line.bold)
 
@@ -525,7 +811,7 @@ def _prose_item(lines: Sequence[_Line], number: int, items: list[tuple[_Level | 
         if level is None and last is None:
             items[-1] = (None, f"{text}\n{line.text}")
             return []
-        if level and last and _wraps(before, line):
+        if level and last and (_wraps(before, line) or re.fullmatch(r"(?:note|item) \d+[A-C]?\W*", text, re.IGNORECASE)):
             items[-1] = (last, f"{text} {line.text}")
             return []
     return [(level, line.text)]
@@ -601,176 +887,6 @@ def _path(path: Sequence[tuple[_Level, str]]) -> str | None:
     fixed = [text for level, text in path if 1 < level[0] < 4]
     return " > ".join([*fixed, *[text for level, text in path if level[0] == 4][-2:]]) or None
 
-# %% ../nbs/documents.ipynb #5e10ccae
-def _outline(items: Iterable[tuple[int, str]]) -> Iterator[tuple[str, int | None, str | None]]:
-    "Turn `(heading level, or 0 for body; text)` into sections; a heading without a body joins the next section."
-    path: list[tuple[int, str]] = []
-    held: list[str] = []
-    has_body = False
-    for level, text in items:
-        if level:
-            if has_body:
-                yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
-                held, has_body = [], False
-            path = [entry for entry in path if entry[0] < level] + [(level, text.strip("# \n"))]
-        elif text.strip():
-            has_body = True
-        if text.strip():
-            held.append(text)
-    if held:
-        yield "\n\n".join(held), None, " > ".join(title for _, title in path) or None
-
-# %% ../nbs/documents.ipynb #1f939f9a
-_CONTROLS = frozenset(range(32)) - set(b"\t\n\r\f\x1b")
-
-
-def _decode(data: bytes) -> str:
-    "Decode UTF-8, UTF-8 or UTF-16 with a byte-order mark, else Windows-1252; refuse what is not text."
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode("utf-16").replace("\r\n", "\n")
-    sample = data[:65536]
-    if b"\x00" in sample or sum(byte in _CONTROLS for byte in sample) > len(sample) / 100:
-        raise UnreadableDocumentError("The file is binary, not text.", "Give it the suffix of its real format.")
-    for encoding in ("utf-8-sig", "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-    raise UnreadableDocumentError("The text's encoding is unknown.", "Save it as UTF-8.")
-
-
-def _read_text(data: bytes) -> Document:
-    "Plain text: one block without page or section."
-    return _document([(_decode(data), None, None)])
-
-# %% ../nbs/documents.ipynb #4ed64b75
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
-_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-
-
-def _read_markdown(data: bytes) -> Document:
-    "Markdown: YAML front matter becomes metadata, headings become sections, comments are dropped."
-    text, metadata = _decode(data), dict[str, Any]()
-    if match := _FRONT_MATTER.match(text):
-        try:
-            loaded = yaml.safe_load(match.group(1))
-        except (yaml.YAMLError, ValueError) as error:
-            raise UnreadableDocumentError("The front matter is not valid YAML.", "Correct the lines between the --- marks.") from error
-        if isinstance(loaded, dict):
-            metadata, text = loaded, text[match.end():]
-    return _document(_outline(_markdown_items(text)), metadata)
-
-
-def _markdown_items(text: str) -> Iterator[tuple[int, str]]:
-    "Headings and the text between them; a `#` inside a fenced code block is no heading."
-    fence = ""
-    body: list[str] = []
-    for line in _COMMENT.sub("", text).split("\n"):
-        mark = re.match(r" {0,3}(```+|~~~+)", line)
-        if mark and (not fence or mark.group(1).startswith(fence)):
-            fence = "" if fence else mark.group(1)
-        heading = None if fence else re.match(r" {0,3}(#{1,6})[ \t]+\S", line)
-        if heading:
-            yield 0, "\n".join(body).strip("\n")
-            body = []
-            yield len(heading.group(1)), line.strip()
-        else:
-            body.append(line.rstrip())
-    yield 0, "\n".join(body).strip("\n")
-
-# %% ../nbs/documents.ipynb #0f5dcc12
-_BLOCK_TAGS = frozenset(re.findall(r"\w+", """
-    address article aside blockquote body caption dd details div dl dt fieldset figcaption figure footer form
-    h1 h2 h3 h4 h5 h6 header hr html li main nav ol p pre section summary table tbody td tfoot th thead tr ul"""))
-_SILENT_TAGS = ["script", "style", "template", "noscript", "nav", "svg"]
-
-
-def _read_html(data: bytes) -> Document:
-    "HTML: visible text only, headings become sections, tables become Markdown tables."
-    soup = require("bs4", extra="rag").BeautifulSoup(data, require("lxml", extra="rag") and "lxml")
-    metadata = {tag["name"]: _meta_value(tag["content"]) for tag in soup.find_all("meta", attrs={"name": True, "content": True})}
-    if soup.title and soup.title.string:
-        metadata.setdefault("title", soup.title.string.strip())
-    hidden = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-    for tag in [*soup.find_all(_SILENT_TAGS), *soup.find_all(hidden=True), *soup.find_all(style=hidden)]:
-        tag.decompose()
-    for table in [table for table in soup.find_all("table") if not table.find("table")]:
-        rows = [[" ".join(cell.get_text(" ").split()) for cell in row.find_all(["td", "th"])] for row in table.find_all("tr")]
-        block = soup.new_tag("pre")
-        block.string = _table([row for row in rows if row])
-        table.replace_with(block)
-    return _document(_outline(_html_items(soup.body or soup)), metadata)
-
-
-def _table(rows: Sequence[Sequence[str]], has_header: bool = True) -> str:
-    "Rows of cells as a Markdown table, whose first row is the header; a bar inside a cell becomes a slash."
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([*lines[:1], *(["|" + "---|" * len(rows[0])] if has_header and len(lines) > 1 else []), *lines[1:]])
-
-
-def _meta_value(content: str) -> Any:
-    "A meta tag's content; `[a, b]` is a list and `null` is nothing, as in Markdown's front matter."
-    if content.startswith("[") and content.endswith("]"):
-        return [item.strip() for item in content[1:-1].split(",") if item.strip()]
-    return None if content == "null" else content
-
-
-def _html_items(root: Any) -> Iterator[tuple[int, str]]:
-    "Walk the strings in reading order, a paragraph for each block element."
-    body: list[str] = []
-    last = None
-    for node in root.descendants:
-        if node.name is not None or type(node).__name__ != "NavigableString" or not node.strip():
-            continue
-        block = next((parent for parent in node.parents if parent.name in _BLOCK_TAGS), root)
-        words = str(node).strip("\n") if block.name == "pre" else re.sub(r"\s+", " ", node)
-        if re.fullmatch(r"h[1-6]", block.name):
-            if block is not last:
-                yield 0, "".join(body)
-                body = []
-                yield int(block.name[1]), re.sub(r"\s+", " ", block.get_text()).strip()
-        elif block is last:
-            body.append(words)
-        else:
-            paragraph = "" if not body else "\n" if block.name in ("li", "td", "th") else "\n\n"
-            body.append(paragraph + words.lstrip())
-        last = block
-    yield 0, "".join(body)
-
-# %% ../nbs/documents.ipynb #4dec6a42
-def _read_docx(data: bytes) -> Document:
-    "Word: paragraphs and tables in reading order, heading styles become sections."
-    docx = require("docx", extra="rag")
-    try:
-        file = docx.Document(io.BytesIO(data))
-        items = [_docx_item(item) for item in file.iter_inner_content()]
-        title = file.core_properties.title
-    except Exception as error:    # python-docx lets zip, XML and key errors through; all mean the same to the reader
-        raise UnreadableDocumentError("The file is not a readable DOCX document.", "Open it in Word and save it again.") from error
-    return _document(_outline(items), {"title": title} if title else {})
-
-
-def _docx_item(item: Any) -> tuple[int, str]:
-    "One paragraph or table as `(level, text)`."
-    if hasattr(item, "rows"):
-        rows = [[" ".join(cell.text.split()) for cell in row.cells] for row in item.rows]
-        return 0, _table(rows)
-    style = (item.style.name or "") if item.style is not None else ""
-    level = 1 if style == "Title" else int(style[8:]) if re.fullmatch(r"Heading [1-9]", style) else 0
-    return level if item.text.strip() else 0, item.text.strip()
-
-
-def _read_notebook(data: bytes) -> Document:
-    "Jupyter: the sources of markdown and code cells in order; outputs are left out."
-    try:
-        cells = json.loads(_decode(data))["cells"]
-        sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableDocumentError("The file is not a valid notebook.", "Open it in Jupyter and save it again.") from error
-    items: list[tuple[int, str]] = []
-    for kind, source in sources:
-        items += _markdown_items(source) if kind == "markdown" else [(0, source)]
-    return _document(_outline(items))
-
 # %% ../nbs/documents.ipynb #ca50c181
 _SUFFIX = r"(?:Inc\.?|Corp\.?|Corporation|Company|Co\.|plc|PLC|Ltd\.?|Limited|N\.V\.|S\.A\.|SE|AG|LLC|L\.P\.|Group|Holdings)"
 _ANNOUNCES = re.compile(r"^(.{2,60}?)\s+(?:announces|reports|delivers|releases|posts)\b(?=.{0,120}\b(?:results|earnings)\b)", re.IGNORECASE | re.MULTILINE | re.DOTALL)
@@ -813,7 +929,7 @@ def _registrant(text: str, front: str) -> str | None:
 
 def _period_end(front: str, latest: bool = False) -> str | None:
     "The ISO date behind the first \"period ended\" or \"year ended\"; or the latest of them, where a release compares periods."
-    pattern = rf"(?:ended:?\s+|date of report[^\n\d]{{0,60}}?){_FULL_DATE.pattern}"
+    pattern = rf"(?:(?:year|month|week|quarter|period)s?\)?\s+ended:?\s+|date of report[^\n\d]{{0,60}}?){_FULL_DATE.pattern}"
     dates = [
         f"{year}-{_MONTHS.index(month[:3].lower()) + 1:02}-{int(day):02}"
         for month, day, year in re.findall(pattern, front.replace("\n", " "), re.IGNORECASE) if 1 <= int(day) <= 31
@@ -832,7 +948,7 @@ def _fiscal_year(text: str, kind: str, period_end: str | None, name: str) -> int
         years = set(re.findall(r"(?<!\d)(20[0-4]\d)(?!\d)", name))
         return int(years.pop()) if len(years) == 1 else None
     year, month = int(period_end[:4]), int(period_end[5:7])
-    near = {candidate: counted[candidate] for candidate in (year - 1, year, year + 1) if counted[candidate]}
+    near = {candidate: counted[candidate] for candidate in ((year - 1, year) if month < 7 else (year, year + 1)) if counted[candidate]}
     if (kind in ("10-K", "20-F", "40-F", "10-K/A") and month > 5) or not near:
         return year if month > 5 or (not counted and month > 2) else None
     best = max(near, key=lambda candidate: near[candidate])
@@ -840,7 +956,7 @@ def _fiscal_year(text: str, kind: str, period_end: str | None, name: str) -> int
 
 # %% ../nbs/documents.ipynb #649f844e
 _STATEMENTS = (
-    ("Consolidated statements of cash flows", r"cash flows?", (r"operating activities", r"investing activities", r"financing activities")),
+    ("Consolidated statements of cash flows", r"cash flows?", (r"operating activities", r"(?:investing|financing) activities|dividends", r"cash (?:and cash )?equivalents")),
     ("Consolidated statements of comprehensive income", r"comprehensive (?:income|loss|earnings)", (r"other comprehensive", r"net (?:income|earnings|loss)")),
     ("Consolidated balance sheets", r"balance sheets?|financial (?:position|condition)", (r"total assets", r"(?:total|current) liabilities", r"equity|deficit")),
     ("Consolidated statements of stockholders' equity", r"equity|(?:stock|share)(?:holders|owners)|deficit|investment", (r"balance", r"retained|accumulated", r"dividend|repurchase|compensation|issu")),
@@ -867,7 +983,7 @@ def _statements(page: str) -> str:
                 break
     return "; ".join(names) + (f" > {own}" if len(names) == 1 and names[0].partition(" of ")[2] not in own.casefold().replace("’", "'") else "")
 
-# %% ../nbs/documents.ipynb #8f2b9d5b
+# %% ../nbs/documents.ipynb #4fd474c7
 _READERS: dict[str, Callable[[bytes], Document]] = {
     ".pdf": _read_pdf, ".html": _read_html, ".htm": _read_html, ".md": _read_markdown, ".markdown": _read_markdown,
     ".txt": _read_text, ".text": _read_text, ".docx": _read_docx, ".ipynb": _read_notebook,
@@ -875,6 +991,7 @@ _READERS: dict[str, Callable[[bytes], Document]] = {
 
 
 SUPPORTED_SUFFIXES = tuple(_READERS)
+MAX_BYTES = 512 * 2**20    # of a file; text takes a small multiple of that in memory
 
 
 def read_document(
@@ -884,15 +1001,28 @@ def read_document(
     "Read one file's text and structure. Raises `UnreadableDocumentError` with the reason."
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
-        raise UnreadableDocumentError(f"The format {suffix or 'without a suffix'} is not supported.", f"Supported: {', '.join(_READERS)}.")
+        raise UnreadableDocumentError(f"The format {suffix!r} is not supported.", f"Supported: {', '.join(_READERS)}.")
     try:
+        if data is None and os.stat(path).st_size > MAX_BYTES:
+            raise DocumentTooLargeError("The file is larger than a document can be.", f"The limit is {MAX_BYTES / 2**20:,.0f} MiB: split it.")
         content = Path(path).read_bytes() if data is None else data
     except OSError as error:
         raise UnreadableDocumentError(f"The file cannot be read ({error.strerror}).", "Check its permissions.") from error
     if not content:
         raise UnreadableDocumentError("The file is empty (0 bytes).", "Copy it again.")
+    if len(content) > MAX_BYTES:
+        raise DocumentTooLargeError(f"The file has {len(content) / 2**20:,.0f} MiB; the limit is {MAX_BYTES / 2**20:,.0f}.", "Split it.")
     document = _READERS[suffix](content)
-    return replace(document, metadata={**_describe(document.text, Path(path).name), **document.metadata})
+    return replace(document, metadata={**_describe(document.text, Path(path).name), **_whole(document.metadata)})
+
+
+def _whole(value: Any) -> Any:
+    "Metadata without halves of surrogate pairs, which JSON can hold and no store can write."
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, Mapping):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/documents.ipynb #d376a452
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
@@ -902,18 +1032,22 @@ def estimate_tokens(
     text: str,    # any text
 ) -> int:         # a number that WordPiece seldom exceeds
     "Estimate a WordPiece token count from above, without a tokenizer: chunks must not depend on the model's files."
-    count = 2    # the two special tokens around every text
-    for word in _WORD.findall(text):
-        if word[0].isdigit():
-            count += math.ceil(len(word) / 2)
-        elif ord(max(word)) > 0x2E7F:
-            count += len(word)    # Chinese, Japanese, Korean, emoji: a token a character
-        else:
-            count += 1 if len(word) <= 7 else math.ceil(len(word) / 5 if len(word) <= 20 else len(word) / 2)
-    return count
+    return 2 + sum(map(_word_tokens, _WORD.findall(text)))    # two special tokens stand around every text
+
+
+def _word_tokens(word: str) -> int:
+    "The tokens of one word, number or sign."
+    length = len(word)
+    if length == 1:
+        return 1
+    if word[0].isdigit():
+        return (length + 1) // 2
+    if ord(max(word)) > 0x2E7F:
+        return length    # Chinese, Japanese, Korean, emoji: a token a character
+    return 1 if length <= 7 else math.ceil(length / (5 if length <= 20 else 2))
 
 # %% ../nbs/documents.ipynb #37a7e499
-_SENTENCE_END = re.compile(r"[.!?][\"”’)\]]*(?=\s+[\"“‘(\[]?[^\W_a-z])")
+_SENTENCE_END = re.compile(r"[。！？][」』”’）]*|[؟۔।](?=\s)|[.!?][\"”’)\]]*(?=\s+[\"“‘(\[]?[^\W_a-z])")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|No|Inc|Ltd|Co|Corp|vs|e\.g|i\.e|approx|cf|U\.S|U\.K))\.$")
 _BULLET = re.compile(r"\s*(?:[|•▪◦*+#-]|\d{1,2}[.)])\s")
 
@@ -990,6 +1124,8 @@ def split_document(
             for piece in _cut(document.text, block.start + start, block.start + end, limit)
         ]
         headers = _headers(document.text, units)
+        longest = max(map(estimate_tokens, set(headers.values())), default=0)
+        limit = max(max_tokens // 3, min(limit, 5 * max_tokens // 4 - (max_tokens - limit) - longest))    # a long header is embedded too
         for start, end in _pack(units, [estimate_tokens(document.text[start:end]) for start, end in units], limit):
             chunks.append(Chunk(document.text[start:end], start, end, block.page, block.section, headers.get(start), context))
     return chunks
@@ -1013,13 +1149,19 @@ def _contexts(document: Document, name: str, limit: int) -> Iterator[tuple[Block
 
 def _fitting(about: Sequence[str], headings: Sequence[str], limit: int) -> str:
     "The parts as one line of at most `limit` tokens: headings are left out from the top, then words from the end."
-    for kept in range(len(headings) + 1):
-        line = " ".join(" | ".join(part for part in (*about, " > ".join(headings[kept:])) if part).split())
+    subject, places = [_printable(part) for part in about], [_printable(part) for part in headings]
+    for kept in range(len(places) + 1):
+        line = " | ".join(part for part in (*subject, " > ".join(filter(None, places[kept:]))) if part)
         if estimate_tokens(line) <= limit:
             break
     while line and estimate_tokens(line) > limit:
         line = line[:-8].rpartition(" ")[0]
-    return "".join(letter for letter in line if letter.isprintable())
+    return line
+
+
+def _printable(text: str) -> str:
+    "A text in one line, without control characters."
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def _headers(text: str, units: Sequence[tuple[int, int]]) -> dict[int, str]:
@@ -1050,18 +1192,34 @@ def _pack(units: Sequence[tuple[int, int]], sizes: Sequence[int], limit: int) ->
 
 
 def _cut(text: str, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
-    "Cut one overlong sentence at white space, or anywhere where there is none."
-    while start < end and estimate_tokens(text[start:end]) > limit:
-        low, high = start + 1, end
-        while low < high:    # the longest prefix that fits
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if estimate_tokens(text[start:middle]) <= limit else (low, middle - 1)
-        space = max(text.rfind(" ", start + 1, low + 1), text.rfind("\n", start + 1, low + 1))
-        stop = space if space > start + (low - start) // 2 else low
-        yield _trim(text, start, stop)
-        start = _trim(text, stop, end)[0]
-    if start < end:
-        yield start, end
+    "Cut one overlong sentence at white space, or anywhere where there is none, in one pass over its words."
+    first, filled = start, 2
+    for match in _WORD.finditer(text, start, end):
+        word, size = match.start(), _word_tokens(match.group())
+        if filled + size > limit and word > first:
+            space = max(text.rfind(" ", first + (word - first) // 2, word), text.rfind("\n", first + (word - first) // 2, word))
+            stop = space if space > first else word
+            yield _trim(text, first, stop)
+            first = _behind_blanks(text, stop, end)
+            filled = estimate_tokens(text[first:word])
+            if filled + size > limit and word > first:
+                yield _trim(text, first, word)
+                first, filled = word, 2
+        while filled + size > limit and match.end() - first > 1:    # one word longer than a chunk
+            stop = first + max(1, limit - 2)
+            yield first, stop
+            first = stop
+            size = _word_tokens(text[first:match.end()]) if match.end() - first < limit else limit + 1
+        filled += size
+    if first < end:
+        yield _trim(text, first, end)
+
+
+def _behind_blanks(text: str, start: int, end: int) -> int:
+    "Where the white space that begins at `start` ends."
+    while start < end and text[start].isspace():
+        start += 1
+    return start
 
 # %% ../nbs/documents.ipynb #78ee3f00
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import contextlib
 import datetime
 import hashlib
 import json
+import mmap
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -24,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -39,8 +41,8 @@ from llmops_ref.access import (
     group_names,
     matches,
     may_read,
+    read_versions,
     set_aside,
-    version_links,
 )
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
 from .documents import SUPPORTED_SUFFIXES, Chunk, Passage, UnreadableDocumentError, read_document, split_document
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['IndexFormatError', 'IndexMismatchError', 'IndexLockedError', 'IndexDamagedError', 'EmptyIndexError', 'FailedFile',
-           'IngestReport', 'KnowledgeBase', 'check_question']
+           'IngestReport', 'RemoteIndex', 'VectorServer', 'KnowledgeBase', 'check_question']
 
 # %% ../nbs/knowledge_base.ipynb #dd349c58
 class IndexFormatError(BadInputError):
@@ -117,7 +119,8 @@ _COMPACT_AFTER = 1000                         # changes that a reader may have t
 _PAGE = 1000                                  # rows a read or write
 _GROUP = 1024                                 # chunks to embed in one go: the model batches texts of equal length
 _ROWS = "rows"                                # in a generation: what readers see of it
-_EXACT = 4000                                 # so many rows are compared one by one: faster than a graph
+_EXACT = 2000                                 # so many rows are compared one by one: faster than a graph
+_REACH = 2000                                 # a graph is not asked for more neighbours than this
 _FIELDS = {"path", "source", "fingerprint", "chunks", "written", "index", "start", "end", "readers"}    # what each row must hold
 _PROBE = "The early bird catches the worm, and the second mouse gets the cheese."
 
@@ -132,6 +135,7 @@ class _Manifest:
     dimensions: int
     probe: tuple[float, ...]        # the embedding of one fixed sentence
     files: Mapping[str, Any] = field(default_factory=dict)    # the vector index's files: name to size and checksum
+    remote: str = ""                                          # the index's name on a server; empty: the vectors lie in this folder
     beside: Mapping[str, Any] | None = None                   # the generation one can switch or roll back to: its own such values, and its role
     format: int = _FORMAT
 
@@ -165,7 +169,7 @@ def _checksum(path: Path, size: int | None = None) -> int:
 
 def _vector_files(folder: Path) -> dict[str, list[int]]:
     "Size and CRC-32 of the files that hold a generation's vectors; they never change once they are published."
-    files = [path for path in sorted(folder.glob("*/*")) if path.parent.name != _ROWS]
+    files = [path for path in sorted(folder.glob("*/*")) if (path.parent / "index_metadata.pickle").exists()]    # a single row stays in Chroma's log, beside files without content
     return {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
 
 
@@ -198,6 +202,11 @@ def _indexed(text: str, row: Mapping[str, Any]) -> str:
     return "\n".join(part for part in (row.get("context"), row.get("header"), text) if part)
 
 
+def _chunk_texts(chunks: Iterable[Chunk]) -> list[str]:
+    "What is embedded of chunks."
+    return [_indexed(chunk.text, {"context": chunk.context, "header": chunk.header}) for chunk in chunks]
+
+
 def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
     "Cosine of the probe sentence's vector to the one stored at creation; -1 where the dimensions differ."
     probe, stored = _vectors(embeddings, [_PROBE])[0], np.asarray(manifest.probe, dtype=np.float32)
@@ -205,10 +214,11 @@ def _likeness(manifest: _Manifest, embeddings: Embeddings) -> float:
 
 
 def _choose_model(manifest: _Manifest, models: Sequence[Embeddings]) -> Embeddings:
-    "Of `models` the one that made the vectors, by its probe. Raises `IndexMismatchError`."
+    "Of `models` the one that made the vectors, by its probe: nearly the same under the same name, all but equal under another. Raises `IndexMismatchError`."
     likeness = [_likeness(manifest, model) for model in models]
-    if max(likeness) >= 0.99:
-        return models[likeness.index(max(likeness))]
+    best = models[likeness.index(max(likeness))]
+    if max(likeness) >= (0.99 if _model_name(best) == manifest.model else 0.999):
+        return best
     raise IndexMismatchError(
         f"The index was made by the embedding model {manifest.model!r} ({manifest.dimensions} dimensions), "
         f"not by {' or '.join(repr(_model_name(model)) for model in models)}.",
@@ -240,6 +250,35 @@ def _import_chroma() -> ModuleType:
             del sys.modules["rfc3987_syntax"]
 
 
+def _local_client(folder: Path) -> Any:
+    "A Chroma client of its own on a folder."
+    shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
+    configuration = require("chromadb.config", extra="rag")
+    system = configuration.System(configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False))
+    system.start()
+    client = require("chromadb.api.client", extra="rag").Client.from_system(system)
+    # Chroma keeps one system a path and process, whose vectors in memory are then never read again.
+    shared._identifier_to_system.pop(str(folder), None)
+    return client
+
+
+class RemoteIndex(Protocol):
+    "One index's generations on a server."
+
+    def client(self, generation: str) -> Any:
+        "A Chroma client that sees the collections of one generation, and names them as if there were no others."
+
+    def drop(self, generation: str) -> None:
+        "Delete the collections of that generation, where there are any."
+
+
+class VectorServer(Protocol):
+    "Where the vectors of an index can live instead of in its folder: `llmops_ref.scaling.ChromaServer`."
+
+    def index(self, name: str) -> RemoteIndex:
+        "The index of that name. Raises a typed error where the server cannot be used."
+
+
 class _ModelFailure(Exception):
     "The embedding model failed while a question was answered; that is no fault of the index."
 
@@ -254,22 +293,15 @@ class _Store:
     embeddings: Embeddings
     snapshot: _Snapshot
 
-    def __init__(self, folder: Path, persist_at: Mapping[str, int] | None = None) -> None:
+    def __init__(self, folder: Path, persist_at: Mapping[str, int] | None = None, remote: RemoteIndex | None = None) -> None:
         _import_chroma()
-        shared = require("chromadb.api.shared_system_client", extra="rag").SharedSystemClient
-        configuration = require("chromadb.config", extra="rag")
-        settings = configuration.Settings(is_persistent=True, persist_directory=str(folder), anonymized_telemetry=False)
-        system = configuration.System(settings)
         self._persist_at = persist_at or {}
         self._collections: dict[str, Any] = {}
         with _OPENING:
-            system.start()
-            self._client = require("chromadb.api.client", extra="rag").Client.from_system(system)
-            # Chroma keeps one system a path and process, whose vectors in memory are then never read again.
-            shared._identifier_to_system.pop(str(folder), None)
+            self._client = remote.client(folder.name) if remote else _local_client(folder)
             for found in self._client.list_collections():
                 self._collections[found.metadata["readers"]] = self._client.get_collection(found.name, embedding_function=None)
-        self._file = folder / "chroma.sqlite3"
+        self._file = folder if remote else folder / "chroma.sqlite3"
         self._inode = self._file.stat().st_ino
 
     def collection(self, label: str) -> Any:
@@ -441,12 +473,23 @@ class _Reading:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     readers: tuple[str, ...] = ()
     given: str | None = None      # the label that the ingest gave, where the document names no groups
+    vectors: Any = None           # float32, shape (chunks, dimensions), where they were embedded while they were read
 
 
 def _fingerprint(data: bytes, given: str | None = None) -> str:
     "Names a file's content, the version of the code that reads it, and the readers that an ingest gave it."
     parts = _READING.encode() + hashlib.sha256(data).digest() + ("" if given in (None, _label([EVERYONE])) else str(given)).encode()
     return hashlib.sha256(parts).hexdigest()[:32]
+
+
+def _default_readers(record: Mapping[str, Any], given: str | None) -> str:
+    "The readers of a document that names none."
+    return str(given or record.get("given") or _label([EVERYONE]))
+
+
+def _is_known(data: bytes, record: Mapping[str, Any], given: str | None) -> bool:
+    "Whether the index has this content for these readers."
+    return bool(record.get("fingerprint") == _fingerprint(data, _default_readers(record, given) if record.get("given") else None))
 
 
 def _label(readers: Iterable[str]) -> str:
@@ -467,15 +510,14 @@ def _read_file(file: _File, known: Mapping[str, Mapping[str, Any]], given: str |
             return _Reading(file, reason="The path is not a regular file.")
         data = file.path.read_bytes()
         record = known.get(str(file.path), {})
-        default = given or record.get("given") or _label([EVERYONE])
-        fingerprint = _fingerprint(data, default if record.get("given") else None)
-        if record.get("fingerprint") == fingerprint:
-            return _Reading(file, len(data), fingerprint)
+        default = _default_readers(record, given)
+        if _is_known(data, record, given):
+            return _Reading(file, len(data), str(record["fingerprint"]))
         document = read_document(file.path, data)
         named = document_readers(document.metadata)
         fingerprint = _fingerprint(data, default if named is None else None)
         return _Reading(
-            file, len(data), fingerprint, "", split_document(document), _flat(document.metadata),
+            file, len(data), fingerprint, "", split_document(document, name=file.path.name), _flat(document.metadata),
             tuple(json.loads(default)) if named is None else named, default if named is None else None)
     except UnicodeEncodeError:
         return _Reading(file, reason="The file's name is not valid UTF-8.")
@@ -494,12 +536,25 @@ def _flat(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, (datetime.date, datetime.datetime)):
             value = value.isoformat()
         elif isinstance(value, (list, tuple)):
-            value = [str(item) for item in value] or None
+            value = [_storable(str(item)) for item in value] or None
         elif isinstance(value, Mapping):
             value = json.dumps(value, default=str)
         if isinstance(value, (str, int, float, bool, list)):
-            flat[f"meta_{name}"] = value
+            flat[f"meta_{_storable(str(name))}"] = _storable(value) if isinstance(value, str) else value
     return flat
+
+
+def _storable(text: str) -> str:
+    "A text that UTF-8 can hold: halves of a surrogate pair, which YAML lets through, are joined or replaced."
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+_Reader = Callable[[Iterable[_File], Mapping[str, Mapping[str, Any]], str | None], Iterator[_Reading]]    # files, what is known of them, readers given
+
+
+def _read_here(files: Iterable[_File], known: Mapping[str, Mapping[str, Any]], given: str | None) -> Iterator[_Reading]:
+    "Read files in this process."
+    return _read_ahead(lambda file: _read_file(file, known, given), files)
 
 
 def _read_ahead(function: Callable[[_File], _Reading], files: Iterable[_File]) -> Iterator[_Reading]:
@@ -532,9 +587,12 @@ class _Snapshot:
         places = {label: place for place, label in enumerate(self.labels)}
         self.label = np.array([places[str(record["readers"])] for record in documents], dtype=np.int32)    # of each document
         self.fields = [{"source": record["source"], **{f"meta_{name}": value for name, value in record["metadata"].items()}} for record in documents]
-        self.links = version_links(documents)
+        self.versions = read_versions(documents)
         self.damaged = False
+        self._place, self._length, self._check = (np.ascontiguousarray(rows[name]) for name in ("place", "length", "check"))
+        self.document, self._slot = (np.ascontiguousarray(rows[name]) for name in ("document", "slot"))
         self._order = np.argsort(rows["id"])
+        self.ids = np.ascontiguousarray(rows["id"])
         self._sorted = rows["id"][self._order]
         self._guard = threading.Lock()
         self._kept: dict[Hashable, Any] = {}
@@ -582,23 +640,23 @@ class _Snapshot:
 
     def record(self, row: int) -> dict[str, Any]:
         "Text, context and place of one row. Raises `IndexDamagedError` where the bytes are not those that were written."
-        place = int(self.rows["place"][row])
-        data = bytes(self.texts[place:place + int(self.rows["length"][row])])
-        if zlib.crc32(data) != int(self.rows["check"][row]):
+        place = self._place[row]
+        data: bytes = self.texts[place:place + self._length[row]]
+        if zlib.crc32(data) != self._check[row]:
             raise IndexDamagedError("A text of the index is damaged.", "Run ingest again: it rebuilds the index.")
-        found: dict[str, Any] = json.loads(data)
+        found: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
         return found
 
     def passage(self, row: int, score: float, scores: Mapping[str, float]) -> Passage:
         "A row as a passage."
-        found, document = self.record(row), self.documents[int(self.rows["document"][row])]
+        found, document = self.record(row), self.documents[self.document[row]]
         return Passage(
-            found["text"], document["source"], found["page"], found["section"], round(float(score), 6), self.rows["id"][row].decode(),
+            found["text"], document["source"], found["page"], found["section"], round(float(score), 6), self.ids[row].decode(),
             found["start"], found["end"], dict(document["metadata"]), found["header"], found["context"], dict(scores))
 
     def cosines(self, rows: Any, vector: Any) -> Any:
         "Cosine of each row's vector to `vector`."
-        return self.vectors[self.rows["slot"][rows]] @ (vector / max(float(np.linalg.norm(vector)), 1e-12))
+        return np.einsum("ij,j->i", self.vectors[self._slot[rows]], vector / max(float(np.linalg.norm(vector)), 1e-12))    # no threads: it is short
 
     def lexical(self) -> LexicalIndex:
         "The lexical index of these rows: loaded when it is first asked for, built again where its files are damaged."
@@ -611,8 +669,11 @@ class _Snapshot:
 def _mapped(folder: Path, head: Mapping[str, Any]) -> tuple[Any, Any]:
     "The texts (bytes) and the vectors (slots, dimensions), mapped into memory."
     if not head["slots"]:
-        return np.zeros(0, np.uint8), np.zeros((0, head["dimensions"]), np.float32)
-    return np.memmap(folder / _TEXTS, np.uint8, "r"), np.memmap(folder / _VECTORS, np.float32, "r", shape=(head["slots"], head["dimensions"]))
+        return b"", np.zeros((0, head["dimensions"]), np.float32)
+    with (folder / _TEXTS).open("rb") as file:
+        texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    vectors = np.memmap(folder / _VECTORS, np.float32, "r", shape=(head["slots"], head["dimensions"]))
+    return texts, np.asarray(vectors)
 
 
 def _lexical_texts(snapshot: _Snapshot) -> Iterator[str]:
@@ -758,6 +819,8 @@ def _copied(store: _Store, ids: Sequence[str], dimensions: int, vectors_of: Call
         vectors = np.asarray(found["embeddings"], dtype=np.float32)[[place[chunk_id] for chunk_id in page["ids"]]]
         if vectors.shape[1] != dimensions or not np.isfinite(vectors).all() or not vectors.any(axis=1).all():
             raise ValueError("a vector is broken")
+    except LlmopsRefError:    # a server that does not answer
+        raise
     except Exception:    # whatever is wrong with the vectors, the texts are in the database
         vectors = _vectors(store.embeddings, list(map(_indexed, page["documents"], page["metadatas"])))
     return page["ids"], vectors, page["documents"], page["metadatas"]
@@ -793,7 +856,7 @@ class _View:
         "Of each document, whether its rows may be found."
         snapshot = self._snapshot
         readable = np.isin(snapshot.label, self._labels)
-        return readable if self._today is None else readable & ~set_aside(snapshot.documents, snapshot.links, readable, self._today)
+        return readable if self._today is None else readable & ~set_aside(snapshot.versions, readable, self._today)
 
     def _rows(self, where: Mapping[str, Any] | None) -> Any:
         "Numbers of the rows that may be found, and the same as a mask."
@@ -801,7 +864,7 @@ class _View:
             documents = self._snapshot.kept((self._key, "documents"), self._allowed)
             for condition in (self._where, where):
                 documents = documents & self._snapshot.meets(condition) if condition else documents
-            mask = documents[self._snapshot.rows["document"]] if len(documents) else np.zeros(0, dtype=bool)
+            mask = documents[self._snapshot.document] if len(documents) else np.zeros(0, dtype=bool)
             return np.flatnonzero(mask), mask
 
         return self._snapshot.kept((self._key, repr(self._where), repr(where)), make)
@@ -814,17 +877,20 @@ class _View:
         "The `n` passages nearest to a vector, nearest first."
         numbers, mask = self._rows(where)
         if len(numbers) > _EXACT:
-            labels = self._snapshot.label[self._snapshot.rows["document"]] if len(self._labels) > 1 else None
+            labels = self._snapshot.kept("labels", lambda: self._snapshot.label[self._snapshot.document]) if len(self._labels) > 1 else None
             numbers = np.concatenate([self._nearest(label, numbers if labels is None else numbers[labels[numbers] == label], mask, vector, n) for label in self._labels])
         cosines = np.round(self._snapshot.cosines(numbers, vector).astype(np.float64), 6)
-        order = np.lexsort((self._snapshot.rows["id"][numbers], -cosines))[:n]
+        if len(numbers) > n:
+            best = np.flatnonzero(cosines >= np.partition(cosines, -n)[-n])
+            numbers, cosines = numbers[best], cosines[best]
+        order = np.lexsort((self._snapshot.ids[numbers], -cosines))[:n]
         return [self._snapshot.passage(int(numbers[place]), cosines[place], {"dense": float(cosines[place])}) for place in order]
 
     def _nearest(self, label: int, numbers: Any, mask: Any, vector: Any, n: int) -> Any:
         "Candidates of one label: all its rows where they are few, else those that its graph finds, more where many are left out."
-        share = self._snapshot.kept(("rows", label), lambda: int((self._snapshot.label[self._snapshot.rows["document"]] == label).sum()))
+        share = self._snapshot.kept(("rows", label), lambda: int((self._snapshot.label[self._snapshot.document] == label).sum()))
         wanted = (n + 8) * max(1, share // max(1, len(numbers)))
-        while len(numbers) > _EXACT // 4 and wanted <= _EXACT // 2:
+        while len(numbers) > _EXACT // 2 and wanted <= _REACH:
             page = self._store.nearest(self._snapshot.labels[label], vector, wanted)
             found = self._snapshot.numbers(page)
             found = found[mask[found]]
@@ -844,7 +910,7 @@ class _View:
     def documents(self) -> tuple[Mapping[str, Any], ...]:
         "The source and the metadata of each document that may be found; the same object until the index changes."
         def make() -> tuple[Mapping[str, Any], ...]:
-            found = np.unique(self._snapshot.rows["document"][self._rows(None)[0]])
+            found = np.unique(self._snapshot.document[self._rows(None)[0]])
             return tuple({**self._snapshot.documents[number]["metadata"], "source": self._snapshot.documents[number]["source"]} for number in found)
 
         return self._snapshot.kept((self._key, repr(self._where), "records"), make)
@@ -874,7 +940,8 @@ class KnowledgeBase:
     "A folder on disk that holds passages, their vectors and where they came from; open it with `KnowledgeBase.open`."
 
     def __init__(
-        self, path: Path, models: Sequence[Embeddings], lock_timeout: float, loads: bool = False, today: Callable[[], datetime.date] = datetime.date.today
+        self, path: Path, models: Sequence[Embeddings], lock_timeout: float, loads: bool = False, today: Callable[[], datetime.date] = datetime.date.today,
+        server: VectorServer | None = None,
     ) -> None:
         self.path, self.today = path, today
         self._models, self._loads = list(models), loads    # with `loads`, an embedded model is loaded by its recorded name
@@ -887,6 +954,10 @@ class KnowledgeBase:
         self._checked = ""    # the generation whose vector files were compared with their checksums
         self._manifest = _Manifest.read(path)
         self._match_model(self._manifest)
+        if bool(self._manifest.remote) != (server is not None):
+            there, remedy = ("on a server", "Name it: server=...") if self._manifest.remote else ("in its folder", "Open it without a server.")
+            raise IndexFormatError(f"The vectors of the index {path.name!r} lie {there}.", remedy)
+        self._remote = server.index(self._manifest.remote) if server else None
 
     @classmethod
     def open(
@@ -897,6 +968,7 @@ class KnowledgeBase:
         also: Sequence[Embeddings] = (),            # further models that the index may switch to while it is open
         lock_timeout: float = 30.0,                 # seconds to wait for another writer
         today: Callable[[], datetime.date] = datetime.date.today,    # decides which version of a document is in force
+        server: VectorServer | None = None,         # keep the vectors there; what else belongs to the index stays in the folder
     ) -> KnowledgeBase:
         "Open or create an index. Raises `IndexFormatError`, `IndexMismatchError`."
         folder = Path(os.path.realpath(path))
@@ -912,8 +984,8 @@ class KnowledgeBase:
 
             found = (_recorded_model(_Manifest.read(folder).model) if others else []) or [load_embeddings()]
         if not others:
-            _create(folder, found[0], lock_timeout)
-        return cls(folder, [*found, *also], lock_timeout, loads=embeddings is None, today=today)
+            _create(folder, found[0], lock_timeout, _remote_name(folder) if server else "")
+        return cls(folder, [*found, *also], lock_timeout, loads=embeddings is None, today=today, server=server)
 
     @property
     def embedding_model(self) -> str:
@@ -976,11 +1048,17 @@ class KnowledgeBase:
         allowed_groups: Sequence[str] | None = None,    # readers of documents that name none; None: as before, and everyone for new ones
     ) -> IngestReport:
         "Bring the index up to date with `paths`, in one step for those who search. Raises `BadInputError`, `IndexLockedError`."
+        return self._ingest(paths, progress, allowed_groups, _read_here)
+
+    def _ingest(
+        self, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], progress: bool, allowed_groups: Sequence[str] | None, reader: _Reader
+    ) -> IngestReport:
+        "Collect files, let `reader` read them, wherever it does that, and write what comes back."
         started = time.perf_counter()
         given = None if allowed_groups is None else _label(_checked_names(allowed_groups))
         files, folders = _collect(paths)
         with self._writing() as writer:
-            for reading in _read_ahead(lambda file: _read_file(file, writer.known, given), writer.bar(files, progress)):
+            for reading in reader(writer.bar(files, progress), writer.known, given):
                 writer.take(reading)
             writer.flush()
             writer.drop_vanished({file.path for file in files}, folders)
@@ -1075,14 +1153,30 @@ class KnowledgeBase:
     def _opened(self, generation: int) -> _Store:
         "A generation with the model of its vectors and with its snapshot, which is made from the rows where it is damaged."
         folder = self._folder(generation)
-        store = _Store(folder)
+        store = self._store_at(folder)
         store.embeddings = self.embeddings
         try:
             store.snapshot = _Snapshot.load(folder / _ROWS, check=self._checked != folder.name)
         except Exception:    # missing or damaged: the rows of the store say what it was
+            if self._remote and not store.collections() and (self._manifest.changes or generation > 1):
+                raise IndexDamagedError(*_ELSEWHERE) from None
             store.snapshot = _derived(store, self._manifest.dimensions)
+        if self._remote and not store.collections().keys() >= set(store.snapshot.labels):
+            raise IndexDamagedError(*_ELSEWHERE)
         self._checked = folder.name
         return store
+
+    def _store_at(self, folder: Path, persist_at: Mapping[str, int] | None = None) -> _Store:
+        "A generation's rows: in its folder, or on the server under the folder's name."
+        if self._remote:
+            folder.mkdir(exist_ok=True)
+        return _Store(folder, persist_at, self._remote)
+
+    def _erase(self, folder: Path) -> None:
+        "Delete a generation: its rows on the server first, so that a crash leaves the folder that names them."
+        if self._remote:
+            self._remote.drop(folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _match_model(self, manifest: _Manifest) -> None:
         "Choose the model that made the vectors, where the manifest names another than we use."
@@ -1116,6 +1210,7 @@ class KnowledgeBase:
         raise AssertionError("unreachable")
 
 # %% ../nbs/knowledge_base.ipynb #49593799
+_ELSEWHERE = ("The server does not hold the vectors of this index.", "Check its address; if its data are lost, delete the index folder and ingest again.")
 _MAX_QUESTION = 8000    # characters; the embedding model reads about 1,000 of them
 
 
@@ -1138,14 +1233,19 @@ def _checked_names(groups: Iterable[str]) -> tuple[str, ...]:
     return group_names(names)
 
 
-def _create(folder: Path, embeddings: Embeddings, lock_timeout: float) -> None:
+def _remote_name(folder: Path) -> str:
+    "A name for an index on a server: its folder's, and what makes it unique."
+    return f"{re.sub(r'[^a-zA-Z0-9]+', '-', folder.name).strip('-')[:40] or 'index'}-{secrets.token_hex(6)}"
+
+
+def _create(folder: Path, embeddings: Embeddings, lock_timeout: float, remote: str = "") -> None:
     "Write the manifest of a new index, unless another process was faster."
     probe = _vectors(embeddings, [_PROBE])[0]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / _LOCK, timeout=lock_timeout, thread_local=False):
         if not (folder / _MANIFEST).exists():
             values = tuple(round(float(value), 6) for value in probe)
-            _Manifest(1, 0, _model_name(embeddings), len(probe), values).write(folder)
+            _Manifest(1, 0, _model_name(embeddings), len(probe), values, remote=remote).write(folder)
 
 # %% ../nbs/knowledge_base.ipynb #212eaa07
 class _Writer:
@@ -1201,9 +1301,9 @@ class _Writer:
         group, self._group = self._group, []
         if not group:
             return
-        texts = [_indexed(chunk.text, {"context": chunk.context, "header": chunk.header}) for reading in group for chunk in reading.chunks]
-        parts = []
-        for low in range(0, len(texts), 2 * _GROUP):
+        texts = [text for reading in group for text in _chunk_texts(reading.chunks)]
+        parts = [reading.vectors for reading in group if reading.vectors is not None]    # of all, or of none
+        for low in range(0, 0 if parts else len(texts), 2 * _GROUP):
             parts.append(_vectors(self.base.embeddings, texts[low:low + 2 * _GROUP]))
             self._bar.update(sum(reading.size for reading in group) * len(parts[-1]) / len(texts))
         self._wait()
@@ -1302,14 +1402,13 @@ class _Writer:
         self._changes = 0
         self._sweep({number, manifest.generation})    # the previous one stays for readers that are opening it
 
-    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int]) -> tuple[int, dict[str, list[int]]]:
+    def _build(self, pages: Iterable[tuple[Any, Any, Any, Any]], sizes: Mapping[str, int], dimensions: int | None = None) -> tuple[int, dict[str, list[int]]]:
         "Write rows (pages of ids, vectors, texts, metadata; `sizes`: how many of each label) into a new generation; return its number and its vector files."
         number = self.base._next_generation()
         folder = self.base._folder(number)
-        shutil.rmtree(folder, ignore_errors=True)
-        new = _Store(folder, persist_at=sizes)
-        dimensions = self.base._manifest.dimensions
-        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions)) as draft:
+        self.base._erase(folder)
+        new = self.base._store_at(folder, persist_at=sizes)
+        with contextlib.closing(_Draft(folder / _ROWS, None, dimensions or self.base._manifest.dimensions)) as draft:
             for page in pages:
                 new.add(*page)
                 draft.append(*page)
@@ -1324,7 +1423,7 @@ class _Writer:
         names = {self.base._folder(number).name for number in {*keep, *([beside["generation"]] if beside else [])}}
         for other in self.base.path.glob("generation-*"):
             if other.name not in names:
-                shutil.rmtree(other, ignore_errors=True)
+                self.base._erase(other)
 
 
 def _searchable(store: _Store) -> bool:
@@ -1334,6 +1433,8 @@ def _searchable(store: _Store) -> bool:
             page = _patiently(lambda rows=rows: rows.get(limit=1, include=["embeddings"]))  # type: ignore[misc]
             if len(page["ids"]):
                 store.nearest(label, page["embeddings"][0], 1)
+    except LlmopsRefError:    # a server that does not answer
+        raise
     except Exception:
         return False
     return True

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['FINANCE', 'Rewrite', 'Rerank', 'lexical_tokens', 'LexicalIndexError', 'LexicalIndex', 'reciprocal_rank_fusion',
            'Searchable', 'page_of', 'MemoryStore', 'infer_sources', 'strip_instructions', 'Place', 'Aim', 'Glossary',
-           'find_aims', 'mmr', 'cross_encoder', 'chat_rewriter', 'Retrieval', 'retrieve']
+           'find_aims', 'mmr', 'cross_encoder', 'chat_rewriter', 'Retrieval', 'retrieve', 'widen']
 
 # %% ../nbs/retrieval.ipynb #12f5f0a7
 _STOP_WORDS = frozenset(re.findall(r"\w+", """a about all an and any are as at be been between by can could did do does each for from give had has
@@ -258,14 +258,19 @@ class MemoryStore:
 _LEGAL_WORDS = frozenset(re.findall(r"\w+", """inc incorporated corp corporation co company companies plc ltd limited llc lp nv sa se ag group holding
 holdings the and of com international"""))
 _SHARED_WORDS = frozenset(re.findall(r"\w+", """american general united national first international best new advanced applied home western southern
-eastern northern standard global public royal bank capital energy federal consolidated data digital"""))
-_FILING = re.compile(r"(.+?)[_ -]+(?:(?:19|20)\d\d.*|(?:10-?[kq]|8-?k|20-?f|annual|earnings|quarter).*)", re.IGNORECASE)
+eastern northern standard global public royal bank capital energy federal consolidated data digital air sun one big old red sky"""))
+_FILING = re.compile(r"(.+?)[_ -]+(?:(?:19|20)\d\d\w*[_ -]+)?(?:10-?[kq]|8-?k|20-?f|annual|earnings|quarterly)(?![a-z]).*", re.IGNORECASE)
+
+
+def _plain(text: str) -> str:
+    "Lower case, without the 's of a genitive, or of a name such as Levi's."
+    return re.sub(r"'s\b|'", "", text.lower().replace("\u2019", "'"))
 
 
 @lru_cache(maxsize=8192)
 def _names(company: str, ticker: str, stem: str) -> frozenset[str]:
     "What a question may call a company, lower-case and without spaces."
-    words = re.findall(r"[a-z0-9]+", re.sub(r"['\u2019]", "", company.lower()))
+    words = re.findall(r"[a-z0-9]+", _plain(company))
     words = words[1:] if len(words) > 1 and words[0] == "the" else words
     while len(words) > 1 and words[-1] in _LEGAL_WORDS:
         words.pop()
@@ -274,11 +279,12 @@ def _names(company: str, ticker: str, stem: str) -> frozenset[str]:
         names.add("".join(word[0] for word in words))                              # Advanced Micro Devices: AMD
     if len(words) == 2 and min(map(len, words)) > 1:
         names |= {words[0][:i] + words[1][:j] for i in (2, 3) for j in (2, 3)}     # American Express: AMEX
-        names.add(f"{words[0][0]}n{words[1][0]}")                                  # Johnson & Johnson: JnJ
-    if len(words) > 1 and len(words[0]) > 3 and words[0] not in _SHARED_WORDS:
+        names |= {f"{words[0][0]}{sign}{words[1][0]}" for sign in ("n", "")} if "&" in company else set()    # Johnson & Johnson: JnJ, J&J
+    if len(words) > 1 and len(words[0]) > 2 and words[0] not in _SHARED_WORDS:
         names.add(words[0])
     if match := _FILING.fullmatch(stem):
         names.add(re.sub(r"[^a-z0-9]", "", match.group(1).lower()))
+        names.add(re.sub(r"[^a-z0-9]", "", match.group(1).lower()).removesuffix("s"))    # MCDONALDS_2022_10K: McDonald's
     return frozenset(name for name in names if len(name) > 1) - _STOP_WORDS - _SHARED_WORDS
 
 
@@ -288,24 +294,52 @@ def _years(text: str) -> set[int]:
     return full | {2000 + int(year) for year in re.findall(r"\bfy ?['\u2019]?(\d\d)\b", text, re.IGNORECASE)}
 
 # %% ../nbs/retrieval.ipynb #3ecc13a6
+_KINDS = {
+    "10-k": r"\b10-?k\b|annual report", "10-q": r"\b10-?q\b|quarterly report", "8-k": r"\b8-?k\b",
+    "earnings release": r"\bearnings (?:release|report|announcement)|press release",
+}
+
+
+_BY_NAME: dict[int, tuple[Sequence[Mapping[str, Any]], dict[str, list[int]]]] = {}    # by identity; holding the documents keeps the number theirs
+
+
+def _documents_by_name(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[int]]:
+    "Positions of documents by what a question may call their company; kept for a tuple, because a store gives the same one again."
+    kept = _BY_NAME.get(id(documents))
+    if kept is not None and kept[0] is documents:
+        return kept[1]
+    table: dict[str, list[int]] = {}
+    for number, item in enumerate(documents):
+        for name in _names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem):
+            table.setdefault(name, []).append(number)
+    if isinstance(documents, tuple):
+        if len(_BY_NAME) >= 64:
+            _BY_NAME.clear()
+        _BY_NAME[id(documents)] = documents, table
+    return table
+
+
 def infer_sources(
     question: str,
-    documents: Sequence[Mapping[str, Any]],    # one record each: source, company, ticker, fiscal_year, period_end
+    documents: Sequence[Mapping[str, Any]],    # one record each: source, company, ticker, document_type, fiscal_year, period_end
 ) -> list[str] | None:                         # the documents the question is about; None: it does not say
-    "Which documents a question means, by the company and the year it names."
-    words = re.findall(r"[a-z0-9]+", re.sub(r"['\u2019]s\b|['\u2019]", "", question.lower()))
+    "Which documents a question means, by the company, year, quarter and kind of report it names."
+    text = question.lower()
+    words = re.findall(r"[a-z0-9]+", _plain(question))
     asked = {"".join(words[start:start + length]) for length in (1, 2, 3, 4) for start in range(len(words))}
-    records = [
-        (item, _names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem))
-        for item in documents
-    ]
-    found = [item for item, names in records if not names.isdisjoint(asked)]
-    years = _years(question)
-    for wanted in ({max(years)}, years, {max(years) + 1}) if years else ():
-        of_year = [item for item in found if wanted & _years(" ".join(str(item.get(name, "")) for name in ("source", "fiscal_year", "period_end")))]
-        if of_year:
-            found = of_year
-            break
+    named = _documents_by_name(documents)
+    found = [documents[number] for number in sorted({number for name in asked for number in named.get(name, ())})]
+    if years := _years(text):
+        dated = [(item, _years(" ".join(str(item.get(name, "")) for name in ("source", "fiscal_year", "period_end")))) for item in found]
+        for wanted in ({max(years)}, years, {max(years) + 1}):
+            if of_year := [item for item, its_years in dated if wanted & its_years]:
+                found = of_year
+                break
+    for quarter in re.findall(r"\bq([1-3])\b", text)[:1]:    # the fourth quarter also stands in the annual report
+        found = [item for item in found if f"q{quarter}" in str(item["source"]).lower()] or found
+    for kind, pattern in _KINDS.items():
+        if re.search(pattern, text):
+            found = [item for item in found if str(item.get("document_type", "")).lower().startswith(kind)] or found
     return [str(item["source"]) for item in found] or None
 
 # %% ../nbs/retrieval.ipynb #2e79ebd8
@@ -320,8 +354,13 @@ def strip_instructions(
     question: str,
 ) -> str:             # what is left of it to search for
     "Drop the sentences that tell how to answer, not what to find."
-    parts = re.split(r"(?<=[.?!])\s+(?=[A-Z])", question.strip())
-    return " ".join(part for part in parts if not _ORDER.match(part)) or question.strip()
+    kept = []
+    for part in re.split(r"(?<=[.?!])\s+(?=[A-Z])", question.strip()):
+        if not _ORDER.match(part):
+            kept.append(part)
+        elif part.endswith("?"):
+            kept.append(part.partition(": ")[2] or part)    # "Answer from the balance sheet: what is …?"
+    return " ".join(kept) or question.strip()
 
 # %% ../nbs/retrieval.ipynb #ccb756d2
 @dataclass(frozen=True)
@@ -372,7 +411,7 @@ _PLACES = {
     _INCOME: Place(r"statements? of (?:\w+ )?(?:income|operations|earnings|profit)|income statements?", "consolidated statements of income operations earnings", True),
     _BALANCE: Place(r"balance sheets?|statements? of (?:\w+ )?financial (?:position|condition)", "consolidated balance sheets financial position", True),
     _CASH: Place(r"statements? of (?:\w+ )?cash flows?|cash flow statements?", "consolidated statements of cash flows", True),
-    "reconciliation": Place(r"reconciliation|non-?gaap", "reconciliation of non-gaap measures adjusted excluding items", True),
+    "reconciliation": Place(r"reconciliation|non-?gaap|organic|constant currency|components of", "reconciliation of non-gaap measures adjusted excluding items constant currency organic growth", True),
     "cover": Place(r"cover page", "securities registered pursuant to section 12(b) of the act title of each class trading symbol exchange"),
     "legal": Place(r"legal|contingenc|litigation", "legal proceedings litigation commitments and contingencies"),
     "geography": Place(r"geograph|segment", "geographic information revenue by geographic area region country"),
@@ -381,6 +420,8 @@ _PLACES = {
     "taxes": Place(r"tax", "income taxes effective tax rate provision statutory rate"),
     "debt": Place(r"\bdebt\b|borrowing|notes payable|credit|liquidity", "long-term debt notes maturities credit facility interest rate"),
     "leases": Place(r"leas(?:e|ing)", "operating lease commitments"),
+    "restructuring": Place(r"restructuring", "restructuring charges liability"),
+    "pensions": Place(r"pension|retirement|benefit plan", "pension retirement benefit plans obligations"),
 }
 
 _NAMED = {
@@ -409,15 +450,17 @@ _TERMS = {
     r"\bcap(?:ital )?ex(?:penditures?)?\b|purchases? of (?:property|pp&e)": {_CASH: "purchases of property plant and equipment capital expenditures"},
     r"depreciation|amorti[sz]ation": {_CASH: "depreciation and amortization"},
     r"dividends?\b.{0,20}\bpa(?:id|y)|\bpa(?:id|y)\w*\b.{0,20}\bdividends?|(?:payout|retention) ratio": {_CASH: "dividends paid financing activities", _INCOME: "net income"},
+    r"\bdividends?\b": {_CASH: "dividends paid financing activities"},
     r"(?:share|stock) (?:re|buy)|buy ?backs?": {_CASH: "repurchases of common stock treasury stock financing activities"},
     r"working capital|(?:current|quick|cash) ratio|acid[- ]test|liquidity": {_BALANCE: "total current assets total current liabilities cash and cash equivalents accounts receivable inventories"},
     r"(?:current|total|fixed|net|intangible) (?:assets|liabilit)|\bliabilit|debt[- ]to[- ]|leverage|holders'? equity|retained earnings|goodwill|inventor(?:y|ies)\b"
-    r"|accounts? (?:payable|receivable)|receivables|\bpp&?n?e\b|property,? plant|cash and cash equivalents|book value": {_BALANCE: "total assets total current assets total liabilities shareholders equity"},
+    r"|accounts? (?:payable|receivable)|receivables|(?:total|short-term) debt|\bpp&?n?e\b|property,? plant|cash and cash equivalents|book value": {_BALANCE: "total assets total current assets total liabilities shareholders equity"},
     r"gross (?:margin|profit)": {_INCOME: f"gross profit {_COST} {_SALES}"},
     r"operating (?:margin|income|profit|expense|loss)|\bebit\b|\bopex\b": {_INCOME: f"operating income total operating expenses {_SALES}"},
     r"net (?:income|profit|earnings|loss|margin)|profit margin|bottom line|earnings per share|\beps\b": {_INCOME: "net income earnings per share diluted"},
     r"cost of (?:goods|sales|revenue)|\bcogs\b": {_INCOME: _COST},
     r"\bsg&?a\b|selling,? general|\br&d\b|research and development|interest expense": {_INCOME: "selling general and administrative research and development interest expense"},
+    r"pre-?tax|before (?:income )?tax": {_INCOME: "income before income taxes"},
     r"effective tax|tax rate|income tax|tax expense": {_INCOME: "income before income taxes provision for income taxes", "taxes": ""},
     r"\brevenues?\b|\bsales\b|top[- ]?line": {_INCOME: _SALES},
     r"securities\b.{0,60}\bregist|regist\w+\b.{0,60}\bsecurities|trading symbol|ticker": {"cover": ""},
@@ -427,6 +470,9 @@ _TERMS = {
     r"acqui(?:re|sition)|\bmergers?\b|divest|purchase price": {"acquisitions": ""},
     r"(?:senior|long-term) (?:notes|debt)|borrowings?|credit facilit|revolv|matur(?:e|ity|ities)\b": {"debt": ""},
     r"\bleas(?:e|es|ing)\b": {"leases": ""},
+    r"restructuring": {"restructuring": ""},
+    r"\bpensions?\b|retirement (?:plan|benefit)": {"pensions": ""},
+    r"shares outstanding": {"cover": "number of shares of common stock outstanding"},
 }
 
 FINANCE = Glossary(_PLACES, _NAMED, _TERMS)
@@ -485,13 +531,13 @@ def chat_rewriter(
 
 # %% ../nbs/retrieval.ipynb #b80dbae5
 _REASON = re.compile(r"\b(?:drove|driv\w+|why|reasons?|caused?|due to|factors?)\b", re.IGNORECASE)
-_FRONT = re.compile(r"table of contents|\bindex\b|exhibits?\b|signatures?|certification|report of independent", re.IGNORECASE)
+_FRONT = re.compile(r"table of contents|\bindex\b|\bexhibits\b|exhibit index|signatures?$|certification|report of independent")
 
 @dataclass(frozen=True)
 class Retrieval:
     "How to search. The defaults are the best measured; a stage is taken out with None, 0 or False. Raises `BadInputError`."
 
-    dense_weight: float = 0.5                          # of the meaning against the words; 1: dense alone, 0: lexical alone
+    dense_weight: float = 0.6                          # of the meaning against the words; 1: dense alone, 0: lexical alone
     candidates: int = 60                               # passages a ranking
     fuse: Callable[[Sequence[Sequence[str]], Sequence[float]], Mapping[str, float]] = reciprocal_rank_fusion
     prepare: Callable[[str], str] | None = strip_instructions
@@ -531,65 +577,39 @@ def retrieve(
     sources = retrieval.sources(question, store.documents()) if retrieval.sources else None
     query = (retrieval.prepare(question) if retrieval.prepare else question) or question
     queries = list(dict.fromkeys([query, *(retrieval.rewrite(question) if retrieval.rewrite else ())]))
-    vectors = store.embed(queries)
-    found = _ordered(store, question, queries, vectors, _where(sources), k, retrieval)
+    search = _Search(store, question, queries, store.embed(queries), max(retrieval.candidates, 2 * k), retrieval)
+    found = search.run(_where(sources))
     if sources and len(found) < k:
-        rest = _ordered(store, question, queries, vectors, None, k, retrieval)
-        found = list({item.chunk_id: item for item in [*found, *rest]}.values())
-    chosen = found[:k]
-    cosines: Iterable[float] = store.similarity(vectors[0], chosen) if chosen else ()
-    return [
-        replace(passage, score=round(float(cosine), 6), scores={**passage.scores, "dense": round(float(cosine), 6)})
-        for passage, cosine in zip(chosen, cosines, strict=True)
-    ]
+        found = list({item.chunk_id: item for item in [*found, *search.run(None)]}.values())
+    return search.finished(found[:k])
 
 
 def _where(sources: Sequence[str] | None) -> dict[str, Any] | None:
     return {"source": {"$in": list(sources)}} if sources else None
 
 # %% ../nbs/retrieval.ipynb #e4a22a4b
-def _ordered(
-    store: Searchable, question: str, queries: Sequence[str], vectors: np.ndarray[Any, Any], where: Mapping[str, Any] | None, k: int, retrieval: Retrieval
-) -> list[Passage]:
-    "All stages behind the embedding, under one filter."
-    fused = _fused(store, queries, vectors, where, max(retrieval.candidates, 2 * k), retrieval)
-    pages = _best_of_pages(fused) if retrieval.one_per_page else fused
-    if retrieval.glossary is not None and pages:
-        pages = _with_aims(store, question, queries[0], pages, where, retrieval, retrieval.glossary)
-    if retrieval.rerank is not None and pages:
-        pages = _reranked(question, pages, retrieval.rerank, retrieval.rerank_depth)
-    if retrieval.diversity and pages:
-        head = pages[:retrieval.rerank_depth]
-        order = mmr(store.embed([_indexed_text(passage) for passage in head]), 1 / np.arange(1.0, len(head) + 1), len(head), retrieval.diversity)
-        pages = [head[at] for at in order] + pages[len(head):]
-    return pages
-
-
-def _fused(
-    store: Searchable, queries: Sequence[str], vectors: np.ndarray[Any, Any], where: Mapping[str, Any] | None, n: int, retrieval: Retrieval
-) -> list[Passage]:
-    "Dense and lexical candidates of every query, in one order; contents pages and exhibits count half."
-    rankings, weights = [], []
-    for query, vector in zip(queries, vectors, strict=True):
-        if retrieval.dense_weight > 0:
-            rankings.append(store.dense(vector, n, where))
-            weights.append(float(retrieval.dense_weight))
-        if retrieval.dense_weight < 1:
-            rankings.append(store.lexical(query, n, where))
-            weights.append(1 - float(retrieval.dense_weight))
-    merged: dict[str, Passage] = {}
-    for passage in (passage for ranking in rankings for passage in ranking):
-        merged[passage.chunk_id] = replace(passage, scores={**getattr(merged.get(passage.chunk_id), "scores", {}), **passage.scores})
-    scores = dict(retrieval.fuse([[passage.chunk_id for passage in ranking] for ranking in rankings], weights))
-    for name, passage in merged.items():
-        scores[name] = scores.get(name, 0.0) * (0.5 if _FRONT.search(_heading(passage)) else 1.0)
-    order = sorted(merged, key=lambda name: (-scores[name], name))
-    return [replace(merged[name], scores={**merged[name].scores, "fused": scores[name]}) for name in order]
-
-
-def _heading(passage: Passage) -> str:
+@lru_cache(maxsize=16384)
+def _heading(context: str) -> str:
     "Where a passage stands: the last part of its context line."
-    return passage.context.rpartition("|")[2].strip().lower()
+    return context.rpartition("|")[2].strip().lower()
+
+
+@lru_cache(maxsize=65536)
+def _stands_in(pattern: str, context: str, first: bool = False) -> bool:
+    "Whether a place's pattern is found in the heading, or at its beginning."
+    return re.match(f"(?:consolidated )?(?:{pattern})", _heading(context)) is not None if first else re.search(pattern, _heading(context)) is not None
+
+
+@lru_cache(maxsize=16384)
+def _is_front(context: str) -> bool:
+    "Whether the nearest heading is that of a contents page, an exhibit list, a signature page or an auditor's report."
+    return _FRONT.search(_heading(context).rpartition(" > ")[2]) is not None
+
+
+def _numeric(text: str) -> bool:
+    "Whether more than one word in seven holds a digit, as in a table."
+    words = text.split()
+    return sum(any(sign.isdigit() for sign in word) for word in words) * 7 > len(words)
 
 
 def _best_of_pages(passages: Iterable[Passage]) -> list[Passage]:
@@ -600,43 +620,122 @@ def _best_of_pages(passages: Iterable[Passage]) -> list[Passage]:
     return list(first.values())
 
 # %% ../nbs/retrieval.ipynb #97c9bf08
-def _with_aims(
-    store: Searchable, question: str, query: str, pages: list[Passage], where: Mapping[str, Any] | None, retrieval: Retrieval, glossary: Glossary
-) -> list[Passage]:
-    "Move the best page of each aim forward; where no source is known, look in the best page's document only."
-    inside = where or _where([pages[0].source])
-    targets = [
-        target for aim in find_aims(question, glossary)
-        if (target := _target(store, aim, query, inside, retrieval.candidates)) is not None
-    ]
-    named = any(re.search(pattern, question.lower()) for pattern in glossary.named)
-    ahead = 2 if _REASON.search(query) else 0 if named else 1
-    order = [*pages[:ahead], *targets, *pages[ahead:]]
-    if retrieval.one_per_page:
-        return _best_of_pages(order)
-    return list({passage.chunk_id: passage for passage in order}.values())
+@dataclass
+class _Search:
+    "One question on its way through the stages; notes what each stage gave, and copies no passage before the end."
+
+    store: Searchable
+    question: str
+    queries: Sequence[str]
+    vectors: np.ndarray[Any, Any]
+    n: int
+    retrieval: Retrieval
+    notes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def note(self, passage: Passage, **scores: float) -> None:
+        self.notes.setdefault(passage.chunk_id, {}).update(scores)
+
+    def run(self, where: Mapping[str, Any] | None) -> list[Passage]:
+        "All stages behind the embedding, under one filter."
+        settings = self.retrieval
+        pages = self.fused(where)
+        pages = _best_of_pages(pages) if settings.one_per_page else pages
+        if settings.glossary is not None and pages:
+            pages = self.with_aims(pages, where, settings.glossary)
+        if settings.rerank is not None and pages:
+            pages = self.reranked(pages, settings.rerank)
+        if settings.diversity and pages:
+            head = pages[:settings.rerank_depth]
+            vectors = self.store.embed([_indexed_text(passage) for passage in head])
+            order = mmr(vectors, 1 / np.arange(1.0, len(head) + 1), len(head), settings.diversity)
+            pages = [head[at] for at in order] + pages[len(head):]
+        return pages
+
+    def fused(self, where: Mapping[str, Any] | None) -> list[Passage]:
+        "Dense and lexical candidates of every query, in one order; contents pages and exhibits count half."
+        rankings, weights = [], []
+        share = float(self.retrieval.dense_weight)
+        for query, vector in zip(self.queries, self.vectors, strict=True):
+            if share > 0:
+                rankings.append(self.store.dense(vector, self.n, where))
+                weights.append(share)
+            if share < 1:
+                rankings.append(self.store.lexical(query, self.n, where))
+                weights.append(1 - share)
+        merged = {passage.chunk_id: passage for ranking in rankings for passage in ranking}
+        for passage in (passage for ranking in rankings for passage in ranking):
+            self.note(passage, **passage.scores)
+        scores = self.retrieval.fuse([[passage.chunk_id for passage in ranking] for ranking in rankings], weights)
+        for name, passage in merged.items():
+            self.note(passage, fused=scores.get(name, 0.0) * (0.5 if _is_front(passage.context) else 1.0))
+        return sorted(merged.values(), key=lambda passage: (-self.notes[passage.chunk_id]["fused"], passage.chunk_id))
+
+    def with_aims(self, pages: list[Passage], where: Mapping[str, Any] | None, glossary: Glossary) -> list[Passage]:
+        "Move the best page of each aim forward, of a single aim the second too; without known sources, inside the best page's document."
+        inside = where or _where([pages[0].source])
+        targets = [self.targets(aim, inside) for aim in find_aims(self.question, glossary)]
+        targets = [found for found in targets if found]
+        named = any(re.search(pattern, self.question.lower()) for pattern in glossary.named)
+        ahead = 2 if _REASON.search(self.queries[0]) else 0 if named else 1
+        second = targets[0][1:2] if len(targets) == 1 else []
+        order = [*pages[:ahead], *(found[0] for found in targets), *pages[ahead:ahead + 1], *second, *pages[ahead + 1:]]
+        return _best_of_pages(order) if self.retrieval.one_per_page else list({item.chunk_id: item for item in order}.values())
+
+    def targets(self, aim: Aim, where: Mapping[str, Any] | None) -> list[Passage]:
+        "The best pages of a place: their heading begins with its name, else holds it, else (for a table) they are full of numbers."
+        found = self.store.lexical(f"{aim.place.title} {aim.words} {self.queries[0]}", self.n, where)
+        there = [passage for passage in found if _stands_in(aim.place.heading, passage.context, True)]
+        there = there or [passage for passage in found if _stands_in(aim.place.heading, passage.context)]
+        if not there and aim.place.numbers:
+            there = [item for item in found if item.page is not None and _numeric(item.text) and not _is_front(item.context)]
+        there = _best_of_pages(there)[:2]
+        for passage in there:
+            self.note(passage, aim=passage.scores.get("lexical", 0.0))
+        return there
+
+    def reranked(self, pages: Sequence[Passage], rerank: Rerank) -> list[Passage]:
+        "Order the first `rerank_depth` by the reranker's scores. Raises `BadInputError` where it returns another number of them."
+        head = [replace(item, scores={**self.notes[item.chunk_id]}) for item in pages[:self.retrieval.rerank_depth]]
+        scores = [float(score) for score in rerank(self.question, head)]
+        if len(scores) != len(head):
+            raise BadInputError(f"The reranker returned {len(scores)} scores for {len(head)} passages.", "Return one a passage.")
+        for passage, score in zip(head, scores, strict=True):
+            self.note(passage, rerank=score)
+        order = sorted(range(len(head)), key=lambda at: -scores[at])
+        return [head[at] for at in order] + list(pages[len(head):])
+
+    def finished(self, passages: Sequence[Passage]) -> list[Passage]:
+        "The passages with the cosine as score, and with what was noted."
+        cosines: Iterable[float] = self.store.similarity(self.vectors[0], passages) if passages else ()
+        return [
+            replace(passage, score=round(float(cosine), 6), scores={**self.notes[passage.chunk_id], "dense": round(float(cosine), 6)})
+            for passage, cosine in zip(passages, cosines, strict=True)
+        ]
+
+# %% ../nbs/retrieval.ipynb #a7e9969d
+def widen(
+    store: Searchable,
+    passage: Passage,
+    max_tokens: int = 400,    # by `estimate_tokens`; the passage itself is never cut
+) -> Passage:                 # the same page or section, more of it
+    "Grow a passage to its neighbours on the page, the nearer first. Raises `BadInputError`."
+    if max_tokens < 1:
+        raise BadInputError(f"max_tokens is {max_tokens}.", "Use at least 1.")
+    family = store.siblings(passage)
+    at = next((number for number, item in enumerate(family) if item.chunk_id == passage.chunk_id), None)
+    if at is None:
+        return passage
+    first, last = at, at + 1
+    while first > 0 or last < len(family):
+        below = (last < len(family)) and (first == 0 or last - at <= at - first + 1)
+        wider = (first, last + 1) if below else (first - 1, last)
+        if estimate_tokens(_joined(family[slice(*wider)])) > max_tokens:
+            break
+        first, last = wider
+    taken = family[first:last]
+    return replace(passage, text=_joined(taken), start=taken[0].start, end=max(item.end for item in taken), header=taken[0].header)
 
 
-def _target(store: Searchable, aim: Aim, query: str, where: Mapping[str, Any] | None, n: int) -> Passage | None:
-    "The best passage of an aim's place."
-    found = store.lexical(f"{aim.place.title} {aim.words} {query}", n, where)
-    there = [passage for passage in found if re.search(aim.place.heading, _heading(passage))]
-    if not there and aim.place.numbers:
-        there = [passage for passage in found if passage.page is not None and _numeric(passage.text) and not _FRONT.search(_heading(passage))]
-    return replace(there[0], scores={**there[0].scores, "aim": there[0].scores.get("lexical", 0.0)}) if there else None
-
-
-def _numeric(text: str) -> bool:
-    "Whether more than one word in seven holds a digit, as in a table."
-    words = text.split()
-    return sum(any(sign.isdigit() for sign in word) for word in words) * 7 > len(words)
-
-
-def _reranked(question: str, pages: Sequence[Passage], rerank: Rerank, depth: int) -> list[Passage]:
-    "Order the first `depth` by the reranker's scores. Raises `BadInputError` where it returns another number of them."
-    head = list(pages[:depth])
-    scores = [float(score) for score in rerank(question, head)]
-    if len(scores) != len(head):
-        raise BadInputError(f"The reranker returned {len(scores)} scores for {len(head)} passages.", "Return one a passage.")
-    order = sorted(range(len(head)), key=lambda at: -scores[at])
-    return [replace(head[at], scores={**head[at].scores, "rerank": scores[at]}) for at in order] + list(pages[depth:])
+def _joined(passages: Sequence[Passage]) -> str:
+    "The texts in order, each on a line of its own."
+    return "\n".join(passage.text for passage in passages)

@@ -560,3 +560,106 @@ def test_a_bench_writes_its_rows_and_goes_on_where_it_stopped(tmp_path, capsys):
 def test_a_bench_that_cannot_run_exits_with_two_and_writes_nothing(tmp_path, capsys, option, value, says):
     assert main(["bench", "quantization", "--out", str(tmp_path / "out.json"), option, value]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    "A data set of two short reports and three questions about them."
+    (tmp_path / "set" / "documents").mkdir(parents=True)
+    for name, text in (("fees.md", FEES), ("cards.md", CARDS)):
+        (tmp_path / "set" / "documents" / name).write_text(text)
+    rows = [
+        {"id": "a", "user_input": "What does the Premium account cost?", "reference_context_ids": ["fees.md#fees"]},
+        {"id": "b", "user_input": "How long does a new card take after a theft?", "reference_context_ids": ["cards.md#cards"]},
+        {"id": "c", "user_input": "Who is the chair of the bank?", "reference_context_ids": []},
+    ]
+    (tmp_path / "set" / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "set"
+
+
+def test_a_retrieval_bench_writes_its_systems_and_goes_on_where_it_stopped(questions, tmp_path, capsys):
+    command = ["bench", "retrieval", str(questions), "--out", str(tmp_path / "out.json"), "--systems", "plain", "knowledge-base", "--json"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert list(first["systems"]) == ["plain", "knowledge-base"] and (first["questions"], first["skipped"]) == (2, 1)
+    assert [row["ranks"] for row in first["systems"]["knowledge-base"]["found"]] == [[1], [1]]
+    assert json.loads((tmp_path / "out.json").read_text()) == first
+    assert main([*command, "--systems", "plain", "knowledge-base", "full"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert list(again["systems"]) == ["plain", "full", "knowledge-base"] and again["systems"]["plain"] == first["systems"]["plain"]
+    assert main(command[:-1]) == 0
+    assert "| plain | 1.00 (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--systems", "magic"], "without-context"), (["--k", "0"], "k=0"), (["--split", "test"], "At least two|at least two"), (["--out", "."], "cannot be written")],
+)
+def test_a_retrieval_bench_that_cannot_run_exits_with_two_and_writes_nothing(questions, tmp_path, capsys, options, says):
+    assert main(["bench", "retrieval", str(questions), "--out", str(tmp_path / "out.json"), *options]) == 2
+    assert re.search(says, capsys.readouterr().err) and not (tmp_path / "out.json").exists()
+
+
+def test_a_retrieval_bench_without_a_data_set_says_what_is_missing(tmp_path, capsys):
+    assert main(["bench", "retrieval", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 2
+    assert "questions.jsonl" in capsys.readouterr().err
+
+
+# ---- an index as a whole
+
+
+def test_an_index_goes_to_another_model_and_back_and_out_and_in(index, tmp_path, capsys):
+    "The whole life of an index with the real models, by commands alone."
+    import shutil
+
+    def run(*arguments: str, code: int = 0) -> dict[str, Any]:
+        assert main(["index", *arguments, "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    own = tmp_path / "own"
+    shutil.copytree(index, own)
+    at = ("--index", str(own))
+    stats = run("stats", *at)
+    assert stats["documents"] == 2 and stats["bytes_by_part"]["total"] > 0 and "float32" in stats["model"]
+    assert "int8" in run("switch", "--to", "embedded:int8", *at)["model"]
+    still_answers(own, capsys)
+    assert "float32" in run("rollback", *at)["model"] and "int8" in run("switch", *at)["model"]
+    assert run("check", *at)["ok"] is True
+    exported = run("export", str(tmp_path / "x.parquet"), *at)
+    copy = ("--index", str(tmp_path / "copy"))
+    assert run("import", str(tmp_path / "x.parquet"), *copy)["chunks"] == exported["chunks"] and "int8" in run("stats", *copy)["model"]
+    still_answers(tmp_path / "copy", capsys)
+    assert run("delete", "fees.md", *copy)["documents"] == 1 and run("discard", *copy)["operation"] == "discard"
+    (tmp_path / "copy" / "writing").touch()
+    assert run("check", *copy, code=1)["findings"][0]["name"] == "unfinished_write"
+    assert "unfinished_write" in run("repair", *copy)["notes"][0] and run("check", *copy)["ok"] is True
+    assert main(["index", "import", str(tmp_path / "x.parquet"), "--replace", *copy]) == 0
+    assert "import: 2 documents" in capsys.readouterr().out
+
+
+def test_a_check_tells_people_what_is_wrong_and_exits_with_one(index, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(index, tmp_path / "own")
+    at = ["--index", str(tmp_path / "own")]
+    assert main(["index", "check", *at]) == 0 and "Nothing is wrong" in capsys.readouterr().out
+    (tmp_path / "own" / "writing").touch()
+    assert main(["index", "check", *at]) == 1
+    assert "unfinished_write: 1, such as writing; remedy: repair" in capsys.readouterr().out
+    assert main(["index", "stats", *at]) == 0 and "unfinished        True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["check", "--index", "nowhere"], "There is no index"),
+    (["switch"], "no generation to switch to"),
+    (["rollback"], "no generation to roll back to"),
+    (["switch", "--to", "embedded:int4"], "int4"),
+    (["delete", "gossip.md"], "nothing was deleted"),
+    (["import", "no-such.parquet"], "not an exported index"),
+])
+def test_what_cannot_be_done_to_an_index_exits_with_two(index, capsys, arguments, says):
+    own = [] if "--index" in arguments else ["--index", str(index)]
+    assert main(["index", *arguments, *own, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and json.loads(captured.out)["error"].endswith("Error")
+    still_answers(index, capsys)
