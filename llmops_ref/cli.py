@@ -136,7 +136,8 @@ def _ask(arguments: argparse.Namespace) -> int:
     if not index.exists():
         raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH")
     rag = RAG(KnowledgeBase.open(index, server=_server(arguments.server)), load_chat_model(arguments.model))
-    answer = rag.ask(arguments.question, **({} if arguments.k is None else {"k": arguments.k}))
+    groups = [name.strip() for name in arguments.groups.split(",") if name.strip()] if arguments.groups else None
+    answer = rag.ask(arguments.question, arguments.k, groups=groups)
     print(_as_json(answer) if arguments.json else _show_answer(answer))
     return 3 if answer.refused else 0
 
@@ -340,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--model", metavar="SPEC", help="provider:model; default: LLMOPS_REF_CHAT_MODEL, else embedded")
     ask.add_argument("--k", type=int, metavar="N", help="passages to search for")
+    ask.add_argument("--groups", metavar="A,B", help="the asker's groups; default: only what anyone may read")
     for sub in (ingest, ask):
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
         sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")

@@ -130,6 +130,17 @@ def test_k_limits_the_passages(index, scripted, capsys):
     assert len(json.loads(capsys.readouterr().out)["passages"]) == 1
 
 
+def test_groups_decide_what_is_found(tmp_path, scripted, capsys):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "desk.md").write_text("---\nallowed_groups: [fraud]\n---\n# Desk\n\nThe Premium account costs £18 a month, says the desk.")
+    (tmp_path / "docs" / "fees.md").write_text(FEES)
+    assert main(["ingest", str(tmp_path / "docs"), "--index", str(tmp_path / "index")]) == 0
+    for arguments, found in (([], False), (["--groups", "staff"], False), (["--groups", "staff, fraud"], True), (["--groups", ""], False)):
+        capsys.readouterr()
+        main(["ask", QUESTION, "--index", str(tmp_path / "index"), "--json", *arguments])
+        assert ("desk.md" in capsys.readouterr().out) is found, arguments
+
+
 def test_an_ingest_is_json_with_the_names_of_its_fields_and_the_second_changes_nothing(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "fees.md").write_text(FEES)

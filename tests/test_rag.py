@@ -2,10 +2,16 @@
 
 import asyncio
 import json
+import logging
 import math
+import random
+import re
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hash_embeddings import HashEmbeddings
 from hypothesis import given, settings
@@ -16,12 +22,28 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import RunnableLambda
 from pydantic import Field
 
+from llmops_ref.access import ALL_GROUPS
+from llmops_ref.answerability import best_cosine
 from llmops_ref.core import BadInputError, LlmopsRefError
 from llmops_ref.documents import read_document
 from llmops_ref.knowledge_base import EmptyIndexError
-from llmops_ref.rag import RAG, Answer, KnowledgeBase, Passage, build_prompt, find_support, supported
+from llmops_ref.rag import (
+    RAG,
+    Answer,
+    KnowledgeBase,
+    Passage,
+    TokenCounter,
+    Turn,
+    build_prompt,
+    find_support,
+    follow_up,
+    rewrite_with,
+    supported,
+)
 
 pytest.importorskip("chromadb")
+
+JUDGE: dict[str, Any] = {"decline": best_cosine, "threshold": 0.1}
 
 
 class Scripted(BaseChatModel):
@@ -162,7 +184,7 @@ def test_a_citation_is_always_verbatim(lines, sentence):
 
 
 def test_a_supported_answer_is_given_with_its_quotation(base):
-    answer = RAG(base, Scripted(reply="The Premium account costs £18 a month."), min_score=0.1).ask("What does the Premium account cost a month?")
+    answer = RAG(base, Scripted(reply="The Premium account costs £18 a month."), **JUDGE).ask("What does the Premium account cost a month?")
     check(answer)
     assert answer.text == "The Premium account costs £18 a month."
     assert [item.quote for item in answer.citations] == ["The Premium account costs £18 a month."]
@@ -172,20 +194,20 @@ def test_a_supported_answer_is_given_with_its_quotation(base):
 
 
 def test_an_unsupported_answer_falls_back_to_a_quotation_and_says_so(base):
-    answer = RAG(base, Scripted(reply="The Premium account costs £99 a month."), min_score=0.1).ask("What does the Premium account cost a month?")
+    answer = RAG(base, Scripted(reply="The Premium account costs £99 a month."), **JUDGE).ask("What does the Premium account cost a month?")
     check(answer)
     assert "£99" not in answer.text and "not supported" in answer.text and "£18" in answer.text
 
 
 def test_what_follows_an_unsupported_sentence_is_left_out(base):
     reply = "The Plus account costs £8 a month. It includes a free horse. The Premium account costs £18 a month."
-    answer = RAG(base, Scripted(reply=reply), min_score=0.1).ask("What does Plus cost?")
+    answer = RAG(base, Scripted(reply=reply), **JUDGE).ask("What does Plus cost?")
     check(answer)
     assert answer.text.startswith("The Plus account costs £8 a month.") and "horse" not in answer.text and "left out" in answer.text
 
 
 def test_a_quoted_table_row_is_readable_and_cited_verbatim(base):
-    answer = RAG(base, Scripted(reply="nonsense"), min_score=0.1).ask("daily limit machines Premium account")
+    answer = RAG(base, Scripted(reply="nonsense"), **JUDGE).ask("daily limit machines Premium account")
     check(answer)
     assert "Account: Premium; Daily limit: £1,000" in answer.text
     assert answer.citations[0].quote == "| Premium | £1,000 | at machines |"
@@ -193,23 +215,23 @@ def test_a_quoted_table_row_is_readable_and_cited_verbatim(base):
 
 def test_nothing_relevant_is_declined_without_asking_the_model(base):
     model = Scripted(reply="The moon is made of cheese.")
-    answer = RAG(base, model, min_score=0.9).ask("How far away is the moon?")
+    answer = RAG(base, model, decline=best_cosine, threshold=0.9).ask("How far away is the moon?")
     check(answer)
     assert answer.refused and not answer.citations and model.seen == [] and answer.passages
 
 
 def test_streaming_shows_only_checked_text_and_ends_with_the_answer(base):
     for reply in ("The Plus account costs £8 a month. The moon is cheese. More.", "Cheese.", "The Plus account costs £8 a month"):
-        *texts, answer = list(RAG(base, Scripted(reply=reply), min_score=0.1).stream("What does Plus cost?"))
+        *texts, answer = list(RAG(base, Scripted(reply=reply), **JUDGE).stream("What does Plus cost?"))
         assert isinstance(answer, Answer) and all(isinstance(text, str) for text in texts)
         assert "".join(texts) == answer.text and not any("heese" in text for text in texts)
         check(answer)
-    *texts, answer = list(RAG(base, Scripted(), min_score=0.99).stream("What?"))
+    *texts, answer = list(RAG(base, Scripted(), decline=best_cosine, threshold=0.99).stream("What?"))
     assert "".join(texts) == answer.text and answer.refused
 
 
 def test_sync_async_and_runnable_agree(base):
-    rag = RAG(base, Scripted(reply="The Plus account costs £8 a month."), min_score=0.1)
+    rag = RAG(base, Scripted(reply="The Plus account costs £8 a month."), **JUDGE)
     question = "What does Plus cost?"
 
     async def collect():
@@ -224,12 +246,12 @@ def test_sync_async_and_runnable_agree(base):
 
 def test_the_prompt_fits_its_budget_and_its_model(base):
     small = Scripted(reply="x", model_name="SmolLM2-135M-Instruct")
-    RAG(base, small, min_score=0.1).ask("What does the Premium account cost a month?")
+    RAG(base, small, **JUDGE).ask("What does the Premium account cost a month?")
     (messages, options), = small.seen
     assert "£18" in messages[-1].content and "£8 a" not in messages[-1].content, "one sentence for the smallest model"
     assert options["max_tokens"] == 80 and options["temperature"] == 0.0
     large = Scripted(reply="x")
-    RAG(base, large, min_score=0.1).ask("What does the Premium account cost a month?")
+    RAG(base, large, **JUDGE).ask("What does the Premium account cost a month?")
     assert "£8 a month" in large.seen[0][0][-1].content
     many = build_prompt("Why?", ["word " * 300] * 10, budget=700)
     assert math.isclose(many[-1].content.count("word"), 600)
@@ -239,14 +261,14 @@ def test_errors_of_the_model_pass_through_and_leave_the_index_alone(base):
     class EndpointGone(LlmopsRefError):
         pass
 
-    rag = RAG(base, Scripted(error=EndpointGone("The endpoint is gone.", "Start it.")), min_score=0.1)
+    rag = RAG(base, Scripted(error=EndpointGone("The endpoint is gone.", "Start it.")), **JUDGE)
     with pytest.raises(EndpointGone):
         rag.ask("What does Plus cost?")
     assert base.search("Plus", 1)
 
 
 def test_bad_questions_and_empty_indexes(base, tmp_path):
-    rag = RAG(base, Scripted(), min_score=0.1)
+    rag = RAG(base, Scripted(), **JUDGE)
     for question in ("", "  ", "x" * 100_000):
         with pytest.raises(BadInputError):
             rag.ask(question)
@@ -257,10 +279,269 @@ def test_bad_questions_and_empty_indexes(base, tmp_path):
     with pytest.raises(EmptyIndexError):
         RAG(KnowledgeBase.open(tmp_path / "empty", HashEmbeddings()), Scripted()).ask("anything")
     with pytest.raises(BadInputError):
-        RAG(base, Scripted(), min_score=3)
+        RAG(base, Scripted(), decline=lambda question, passages: 1.0)
 
 
 def test_passages_of_an_answer_are_spans_of_their_documents(base, tmp_path):
-    answer = RAG(base, Scripted(reply="x"), min_score=0.1).ask("Premium limit")
+    answer = RAG(base, Scripted(reply="x"), **JUDGE).ask("Premium limit")
     for item in answer.passages:
         assert read_document(tmp_path / "docs" / item.source).text[item.start:item.end] == item.text
+
+
+# --- the prompt and the model's citations ------------------------------------------------------------------------
+
+
+def test_passages_are_numbered_and_the_budget_is_counted_by_the_model():
+    messages = build_prompt("Why?", ["one two three", "four five six", "seven eight nine"], 8, numbered=True, count=lambda text: len(text.split()))
+    assert "[1] one two three\n\n[2] four five six\n\nQuestion" in messages[1].content and "seven" not in messages[1].content
+    long = build_prompt("Why?", ["The first one. The second one. The third one."], 6, count=lambda text: len(text.split()))
+    assert "The second one." in long[1].content and "third" not in long[1].content
+
+
+def test_tokens_are_counted_by_the_models_tokenizer_or_the_counter_says_that_it_guesses():
+    class Tokenizer:
+        def encode(self, text):
+            return list(text)
+
+    model = Scripted()
+    assert not TokenCounter.of(model).exact and TokenCounter.of(model).count("a few words") >= 3
+    object.__setattr__(model, "tokenizer", Tokenizer())
+    assert TokenCounter.of(model).exact and TokenCounter.of(model).count("abc") == 3
+
+
+@pytest.mark.parametrize("reply", [
+    "The Plus account costs £8 a month [{right}].",
+    "The Plus account costs £8 a month. [{right}]",
+    "The Plus account costs £8 a month [{right}]. The Premium account costs £18 a month [{right}, 9].",
+    "The Plus account costs £8 a month [{wrong}].",
+    "The Plus account costs £8 a month [0][77].",
+])
+def test_citations_of_the_model_are_checked(base, reply):
+    question = "What does the Plus account cost a month?"
+    passages = base.search(question, 4)
+    right = next(number for number, item in enumerate(passages, 1) if "£8" in item.text)
+    wrong = next(number for number, item in enumerate(passages, 1) if "£8" not in item.text)
+    answer = RAG(base, Scripted(reply=reply.format(right=right, wrong=wrong)), **JUDGE).ask(question)
+    check(answer)
+    assert answer.text.startswith("The Plus account costs £8 a month.") and "[" not in answer.text
+    assert answer.citations[0].quote == "The Plus account costs £8 a month."
+    bad = [number for number in re.findall(r"\d+", "".join(re.findall(r"\[.*?\]", reply.format(right=right, wrong=wrong)))) if int(number) != right]
+    assert [re.match(r"\[(\d+)\]", text)[1] for text in answer.dropped] == bad
+
+
+def test_a_model_that_finds_nothing_declines(base):
+    answer = RAG(base, Scripted(reply="NOT IN THE DOCUMENTS."), **JUDGE).ask("What does the Gold account cost a month?")
+    check(answer)
+    assert answer.refused and "model" in answer.declined_because
+
+
+def test_a_judge_of_ones_own_decides(base):
+    for score, refused in ((0.2, True), (0.8, False)):
+        answer = RAG(base, Scripted(reply="x"), decline=lambda question, passages, score=score: score, threshold=0.5).ask("What does Plus cost?")
+        assert answer.refused is refused and answer.score == score and bool(answer.declined_because) is refused
+    assert not RAG(base, Scripted(reply="x"), decline=None).ask("zebra").refused
+
+
+# --- conversations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "question", "expected"), [
+    ("What does the Premium account cost a month?", "and Plus?", "What does the Plus account cost a month?"),
+    ("What does the Premium account cost a month?", "And for the Plus account?", "What does the Plus account cost a month?"),
+    ("How do I register a power of attorney?", "How long does it take?", "How long does it take (register a power of attorney)?"),
+    ("What does the Premium account cost a month?", "and for business accounts?", "for business accounts (Premium account cost a month)?"),
+    ("What does the Premium account cost a month?", "When do branches open on Sundays?", "When do branches open on Sundays?"),
+])
+def test_follow_ups_stand_alone(before, question, expected):
+    assert follow_up(question, [Turn(before, before, "")]) == expected
+    assert follow_up(question, []) == question
+
+
+def test_a_conversation_remembers_rewrites_and_forgets(base):
+    rag = RAG(base, Scripted(reply="The Plus account costs £8 a month."), **JUDGE)
+    talk = rag.conversation(budget=60)
+    assert talk.ask("What does the Premium account cost?").question == "What does the Premium account cost?"
+    assert talk.ask("and Plus?").question == "What does the Plus account cost?"
+    assert talk.turns[-1].question == "and Plus?" and len(talk.turns) == 2
+    for _ in range(10):
+        talk.ask("What does the Plus account cost?")
+    assert sum(rag.counter.count(f"{turn.question}\n{turn.answer}") for turn in talk.turns) <= 60
+    before = talk.turns
+    with pytest.raises(BadInputError):
+        talk.ask(" ")
+    assert talk.turns == before
+    assert rag.conversation().turns == ()
+
+
+def test_a_capable_model_rewrites_and_the_rules_take_over_where_it_fails():
+    turns = [Turn("What does Premium cost?", "What does Premium cost?", "£18")]
+    assert rewrite_with(Scripted(reply="What does Plus cost?"))("and Plus?", turns) == "What does Plus cost?"
+    for useless in ("", "one\ntwo", "x" * 500):
+        assert rewrite_with(Scripted(reply=useless))("and Plus?", turns) == follow_up("and Plus?", turns)
+    assert rewrite_with(Scripted(error=RuntimeError()))("first", []) == "first"
+
+
+# --- readers' rights ---------------------------------------------------------------------------------------------
+
+MARKERS = {"fraud": "zqfraudmark", "risk": "zqriskmark", "hr": "zqhrmark"}
+SECRETS = {group: f"The release limit of the {group} desk is £{number},417 on form {mark}." for number, (group, mark) in enumerate(MARKERS.items(), 3)}
+
+
+@pytest.fixture
+def divided(tmp_path):
+    "A public document, and one for each of three groups."
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "cards.md").write_text(CARDS)
+    for group, text in SECRETS.items():
+        (tmp_path / "docs" / f"{MARKERS[group]}-desk.md").write_text(f"---\ntitle: {MARKERS[group]} desk\nallowed_groups: [{group}]\n---\n# {MARKERS[group]} desk\n\n{text}")
+    base = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
+    base.ingest(tmp_path / "docs", progress=False)
+    return base
+
+
+def test_groups_reach_the_search_whichever_way_they_are_given(divided):
+    rag = RAG(divided, Scripted(reply="x"), decline=None)
+    question, config = "What is the release limit of the fraud desk?", {"configurable": {"groups": ["fraud"]}}
+
+    async def both():
+        return await rag.aask(question, groups=["fraud"]), await rag.ainvoke(question, config)
+
+    answers = [rag.ask(question, groups=["fraud"]), rag.invoke(question, config), rag.invoke(question, groups=["fraud"]),
+               list(rag.stream(question, config))[-1], *asyncio.run(both()), rag.conversation(groups=["fraud"]).ask(question), rag.ask(question, groups=ALL_GROUPS)]
+    assert all(MARKERS["fraud"] in answer.text for answer in answers)
+    for answer in (rag.ask(question), rag.invoke(question), rag.ask(question, groups=[]), rag.ask(question, groups=["Fraud"]), rag.conversation().ask(question)):
+        assert MARKERS["fraud"] not in json.dumps(answer.to_dict())
+    for groups in ("fraud", 7, [3]):
+        with pytest.raises(BadInputError):
+            rag.ask(question, groups=groups)
+
+
+def test_a_caller_who_may_read_nothing_is_declined(tmp_path):
+    (tmp_path / "a.md").write_text(f"---\nallowed_groups: [fraud]\n---\n{SECRETS['fraud']}")
+    base = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
+    base.ingest(tmp_path / "a.md", progress=False)
+    answer = RAG(base, Scripted(reply="x"), **JUDGE).ask(SECRETS["fraud"])
+    assert answer.refused and not answer.passages and answer.score is None and answer.declined_because
+
+
+def test_quoting_restricted_text_gives_what_one_gets_without_the_document(divided, tmp_path):
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public" / "cards.md").write_text(CARDS)
+    without = KnowledgeBase.open(tmp_path / "other", HashEmbeddings())
+    without.ingest(tmp_path / "public", progress=False)
+
+    def told(base, question):
+        answer = RAG(base, Scripted(reply="The Plus account costs £8 a month."), **JUDGE).ask(question)
+        return answer.text, [item.quote for item in answer.citations], [(item.text, item.score) for item in answer.passages], answer.score, answer.declined_because
+
+    for question in (*SECRETS.values(), SECRETS["fraud"].upper(), f"Repeat: {SECRETS['risk']} And what does Plus cost?"):
+        assert told(divided, question) == told(without, question)
+
+
+def test_ten_thousand_questions_leak_nothing(divided, caplog):
+    caplog.set_level(logging.DEBUG)
+    draw = random.Random(5)
+    words = re.findall(r"\w+", f"{CARDS} {' '.join(SECRETS.values())} desk secret why who")
+    words = [word for word in words if word not in MARKERS.values()]
+    views: dict[Any, Any] = {}
+    leaks = asked = 0
+    search = divided.search
+
+    def remembered(question, k=4, *, groups=None, retrieval=None):
+        "The real search; a pair that comes again is answered as before, because the pairs are many and the machine is small."
+        key = question, frozenset(groups or ())
+        if key not in views:
+            views[key] = search(question, k, groups=groups, retrieval=retrieval)
+        return views[key]
+
+    divided.search = remembered
+    pool = [" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(120)] + [text.replace(MARKERS[group], "") for group, text in SECRETS.items()] * 4
+    groups_pool = [[], *[draw.sample([*MARKERS, "staff", "everyone", "FRAUD", "fraud "], draw.randint(1, 3)) for _ in range(9)]]
+
+    class Fast:
+        "A chat model without LangChain's machinery around it."
+
+        model_name = "fast"
+
+        def __init__(self, reply):
+            self.reply = reply
+
+        def stream(self, messages, config, **options):
+            yield AIMessageChunk(self.reply)
+
+    rags = [RAG(divided, Fast(reply), decline=judge, threshold=0.05) for reply, judge in (("Plus costs £8 a month [1].", best_cosine), (" ".join(SECRETS.values()), None))]
+    for rag in rags:
+        rag.embed = lambda texts: np.ones((len(texts), 2), np.float32)
+    for number in range(10_000):
+        question, groups = draw.choice(pool), draw.choice(groups_pool)
+        answer = rags[number % 50 == 0].ask(question, groups=groups)
+        shown = f"{answer.text}{answer.citations}{answer.passages}{answer.dropped}{answer.declined_because}{answer.question}"
+        leaks += any(mark in shown for group, mark in MARKERS.items() if group not in groups)
+        asked += 1
+    assert asked == 10_000 and leaks == 0
+    assert not any(mark in record.getMessage() for record in caplog.records for mark in MARKERS.values())
+    assert any(MARKERS["fraud"] in str(found) for (_, groups), found in views.items() if "fraud" in groups), "the test can see a leak"
+
+
+def test_errors_and_callbacks_show_nothing_restricted(divided):
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    heard: list[str] = []
+
+    class Listener(BaseCallbackHandler):
+        def on_chat_model_start(self, serialized, messages, **kwargs):
+            heard.append(str(messages))
+
+    model = Scripted(reply="x", error=None)
+    RAG(divided, model, decline=None).invoke("What is the release limit of the fraud desk?", {"callbacks": [Listener()]})
+    broken = RAG(divided, Scripted(error=RuntimeError("the model broke")), decline=None)
+    with pytest.raises(RuntimeError) as raised:
+        broken.ask("What is the release limit of the risk desk?")
+    with pytest.raises(BadInputError) as refused:
+        broken.ask("release limit", groups="fraud")
+    assert heard and not any(mark in text for mark in MARKERS.values() for text in (*heard, str(model.seen), str(raised.value), str(refused.value)))
+
+
+# --- concurrency -------------------------------------------------------------------------------------------------
+
+
+def test_ten_threads_ask_while_one_ingests(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+
+    def write(version: int) -> None:
+        for name in ("a", "b", "c"):
+            (folder / f"{name}.md").write_text(f"# Fees {name}\n\nThe {name} account costs £{version} a month. Version {version} of {name} ends here.")
+
+    write(1)
+    base = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
+    base.ingest(folder, progress=False)
+    rag, errors, torn, done, asked = RAG(base, Scripted(reply="x"), decline=None), [], [], threading.Event(), []
+
+    def ask(number: int) -> None:
+        name = "abc"[number % 3]
+        while not done.is_set():
+            try:
+                answer = rag.ask(f"What does the {name} account cost a month?")
+                asked.append(1)
+                for item in answer.passages:
+                    if len(set(re.findall(r"(?:£|Version )(\d+)", item.text))) > 1:
+                        torn.append(item.text)
+                if len({item.source for item in answer.passages}) != len(answer.passages):
+                    torn.append("two versions of one document")
+            except Exception as error:
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for version in range(2, 7):
+        write(version)
+        base.ingest(folder, progress=False)
+        time.sleep(0.05)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not errors and not torn and len(asked) >= 10
+    assert {re.search(r"£(\d+)", item.text)[1] for item in base.search("account cost", 3)} == {"6"}
