@@ -119,7 +119,8 @@ _COMPACT_AFTER = 1000                         # changes that a reader may have t
 _PAGE = 1000                                  # rows a read or write
 _GROUP = 1024                                 # chunks to embed in one go: the model batches texts of equal length
 _ROWS = "rows"                                # in a generation: what readers see of it
-_EXACT = 4000                                 # so many rows are compared one by one: faster than a graph
+_EXACT = 2000                                 # so many rows are compared one by one: faster than a graph
+_REACH = 2000                                 # a graph is not asked for more neighbours than this
 _FIELDS = {"path", "source", "fingerprint", "chunks", "written", "index", "start", "end", "readers"}    # what each row must hold
 _PROBE = "The early bird catches the worm, and the second mouse gets the cheese."
 
@@ -655,7 +656,7 @@ class _Snapshot:
 
     def cosines(self, rows: Any, vector: Any) -> Any:
         "Cosine of each row's vector to `vector`."
-        return self.vectors[self._slot[rows]] @ (vector / max(float(np.linalg.norm(vector)), 1e-12))
+        return np.einsum("ij,j->i", self.vectors[self._slot[rows]], vector / max(float(np.linalg.norm(vector)), 1e-12))    # no threads: it is short
 
     def lexical(self) -> LexicalIndex:
         "The lexical index of these rows: loaded when it is first asked for, built again where its files are damaged."
@@ -889,7 +890,7 @@ class _View:
         "Candidates of one label: all its rows where they are few, else those that its graph finds, more where many are left out."
         share = self._snapshot.kept(("rows", label), lambda: int((self._snapshot.label[self._snapshot.document] == label).sum()))
         wanted = (n + 8) * max(1, share // max(1, len(numbers)))
-        while len(numbers) > _EXACT // 4 and wanted <= _EXACT // 2:
+        while len(numbers) > _EXACT // 2 and wanted <= _REACH:
             page = self._store.nearest(self._snapshot.labels[label], vector, wanted)
             found = self._snapshot.numbers(page)
             found = found[mask[found]]
@@ -1265,7 +1266,10 @@ class _Writer:
         if self._marker.exists() or self._store.snapshot.damaged or not _searchable(self._store):
             self._repair()
         folder, snapshot = base._folder(base._manifest.generation) / _ROWS, self._store.snapshot
-        self._draft = _Draft(folder, snapshot if snapshot.folder == folder else None, base._manifest.dimensions)
+        if snapshot.folder != folder:    # a new index: whoever opens it during its first ingest is to see nothing, not a part
+            with contextlib.closing(_Draft(folder, None, base._manifest.dimensions)) as draft:
+                snapshot = self._store.snapshot = draft.save()
+        self._draft = _Draft(folder, snapshot, base._manifest.dimensions)
         self.known = self._draft.known()
         self._sources = {str(row["source"]): path for path, row in self.known.items()}
 

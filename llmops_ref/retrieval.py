@@ -258,14 +258,19 @@ class MemoryStore:
 _LEGAL_WORDS = frozenset(re.findall(r"\w+", """inc incorporated corp corporation co company companies plc ltd limited llc lp nv sa se ag group holding
 holdings the and of com international"""))
 _SHARED_WORDS = frozenset(re.findall(r"\w+", """american general united national first international best new advanced applied home western southern
-eastern northern standard global public royal bank capital energy federal consolidated data digital"""))
-_FILING = re.compile(r"(.+?)[_ -]+(?:(?:19|20)\d\d.*|(?:10-?[kq]|8-?k|20-?f|annual|earnings|quarter).*)", re.IGNORECASE)
+eastern northern standard global public royal bank capital energy federal consolidated data digital air sun one big old red sky"""))
+_FILING = re.compile(r"(.+?)[_ -]+(?:(?:19|20)\d\d\w*[_ -]+)?(?:10-?[kq]|8-?k|20-?f|annual|earnings|quarterly)(?![a-z]).*", re.IGNORECASE)
+
+
+def _plain(text: str) -> str:
+    "Lower case, without the 's of a genitive, or of a name such as Levi's."
+    return re.sub(r"'s\b|'", "", text.lower().replace("\u2019", "'"))
 
 
 @lru_cache(maxsize=8192)
 def _names(company: str, ticker: str, stem: str) -> frozenset[str]:
     "What a question may call a company, lower-case and without spaces."
-    words = re.findall(r"[a-z0-9]+", re.sub(r"['\u2019]", "", company.lower()))
+    words = re.findall(r"[a-z0-9]+", _plain(company))
     words = words[1:] if len(words) > 1 and words[0] == "the" else words
     while len(words) > 1 and words[-1] in _LEGAL_WORDS:
         words.pop()
@@ -274,11 +279,12 @@ def _names(company: str, ticker: str, stem: str) -> frozenset[str]:
         names.add("".join(word[0] for word in words))                              # Advanced Micro Devices: AMD
     if len(words) == 2 and min(map(len, words)) > 1:
         names |= {words[0][:i] + words[1][:j] for i in (2, 3) for j in (2, 3)}     # American Express: AMEX
-        names.add(f"{words[0][0]}n{words[1][0]}")                                  # Johnson & Johnson: JnJ
-    if len(words) > 1 and len(words[0]) > 3 and words[0] not in _SHARED_WORDS:
+        names |= {f"{words[0][0]}{sign}{words[1][0]}" for sign in ("n", "")} if "&" in company else set()    # Johnson & Johnson: JnJ, J&J
+    if len(words) > 1 and len(words[0]) > 2 and words[0] not in _SHARED_WORDS:
         names.add(words[0])
     if match := _FILING.fullmatch(stem):
         names.add(re.sub(r"[^a-z0-9]", "", match.group(1).lower()))
+        names.add(re.sub(r"[^a-z0-9]", "", match.group(1).lower()).removesuffix("s"))    # MCDONALDS_2022_10K: McDonald's
     return frozenset(name for name in names if len(name) > 1) - _STOP_WORDS - _SHARED_WORDS
 
 
@@ -294,18 +300,35 @@ _KINDS = {
 }
 
 
+_BY_NAME: dict[int, tuple[Sequence[Mapping[str, Any]], dict[str, list[int]]]] = {}    # by identity; holding the documents keeps the number theirs
+
+
+def _documents_by_name(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[int]]:
+    "Positions of documents by what a question may call their company; kept for a tuple, because a store gives the same one again."
+    kept = _BY_NAME.get(id(documents))
+    if kept is not None and kept[0] is documents:
+        return kept[1]
+    table: dict[str, list[int]] = {}
+    for number, item in enumerate(documents):
+        for name in _names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem):
+            table.setdefault(name, []).append(number)
+    if isinstance(documents, tuple):
+        if len(_BY_NAME) >= 64:
+            _BY_NAME.clear()
+        _BY_NAME[id(documents)] = documents, table
+    return table
+
+
 def infer_sources(
     question: str,
     documents: Sequence[Mapping[str, Any]],    # one record each: source, company, ticker, document_type, fiscal_year, period_end
 ) -> list[str] | None:                         # the documents the question is about; None: it does not say
     "Which documents a question means, by the company, year, quarter and kind of report it names."
-    text = question.lower().replace("\u2019", "'")
-    words = re.findall(r"[a-z0-9]+", re.sub(r"'s\b|'", "", text))
+    text = question.lower()
+    words = re.findall(r"[a-z0-9]+", _plain(question))
     asked = {"".join(words[start:start + length]) for length in (1, 2, 3, 4) for start in range(len(words))}
-    found = [
-        item for item in documents
-        if not asked.isdisjoint(_names(str(item.get("company") or ""), str(item.get("ticker") or ""), Path(str(item["source"])).stem))
-    ]
+    named = _documents_by_name(documents)
+    found = [documents[number] for number in sorted({number for name in asked for number in named.get(name, ())})]
     if years := _years(text):
         dated = [(item, _years(" ".join(str(item.get(name, "")) for name in ("source", "fiscal_year", "period_end")))) for item in found]
         for wanted in ({max(years)}, years, {max(years) + 1}):
@@ -331,8 +354,13 @@ def strip_instructions(
     question: str,
 ) -> str:             # what is left of it to search for
     "Drop the sentences that tell how to answer, not what to find."
-    parts = re.split(r"(?<=[.?!])\s+(?=[A-Z])", question.strip())
-    return " ".join(part for part in parts if not _ORDER.match(part)) or question.strip()
+    kept = []
+    for part in re.split(r"(?<=[.?!])\s+(?=[A-Z])", question.strip()):
+        if not _ORDER.match(part):
+            kept.append(part)
+        elif part.endswith("?"):
+            kept.append(part.partition(": ")[2] or part)    # "Answer from the balance sheet: what is …?"
+    return " ".join(kept) or question.strip()
 
 # %% ../nbs/retrieval.ipynb #ccb756d2
 @dataclass(frozen=True)
@@ -383,7 +411,7 @@ _PLACES = {
     _INCOME: Place(r"statements? of (?:\w+ )?(?:income|operations|earnings|profit)|income statements?", "consolidated statements of income operations earnings", True),
     _BALANCE: Place(r"balance sheets?|statements? of (?:\w+ )?financial (?:position|condition)", "consolidated balance sheets financial position", True),
     _CASH: Place(r"statements? of (?:\w+ )?cash flows?|cash flow statements?", "consolidated statements of cash flows", True),
-    "reconciliation": Place(r"reconciliation|non-?gaap", "reconciliation of non-gaap measures adjusted excluding items", True),
+    "reconciliation": Place(r"reconciliation|non-?gaap|organic|constant currency|components of", "reconciliation of non-gaap measures adjusted excluding items constant currency organic growth", True),
     "cover": Place(r"cover page", "securities registered pursuant to section 12(b) of the act title of each class trading symbol exchange"),
     "legal": Place(r"legal|contingenc|litigation", "legal proceedings litigation commitments and contingencies"),
     "geography": Place(r"geograph|segment", "geographic information revenue by geographic area region country"),
@@ -392,6 +420,8 @@ _PLACES = {
     "taxes": Place(r"tax", "income taxes effective tax rate provision statutory rate"),
     "debt": Place(r"\bdebt\b|borrowing|notes payable|credit|liquidity", "long-term debt notes maturities credit facility interest rate"),
     "leases": Place(r"leas(?:e|ing)", "operating lease commitments"),
+    "restructuring": Place(r"restructuring", "restructuring charges liability"),
+    "pensions": Place(r"pension|retirement|benefit plan", "pension retirement benefit plans obligations"),
 }
 
 _NAMED = {
@@ -420,15 +450,17 @@ _TERMS = {
     r"\bcap(?:ital )?ex(?:penditures?)?\b|purchases? of (?:property|pp&e)": {_CASH: "purchases of property plant and equipment capital expenditures"},
     r"depreciation|amorti[sz]ation": {_CASH: "depreciation and amortization"},
     r"dividends?\b.{0,20}\bpa(?:id|y)|\bpa(?:id|y)\w*\b.{0,20}\bdividends?|(?:payout|retention) ratio": {_CASH: "dividends paid financing activities", _INCOME: "net income"},
+    r"\bdividends?\b": {_CASH: "dividends paid financing activities"},
     r"(?:share|stock) (?:re|buy)|buy ?backs?": {_CASH: "repurchases of common stock treasury stock financing activities"},
     r"working capital|(?:current|quick|cash) ratio|acid[- ]test|liquidity": {_BALANCE: "total current assets total current liabilities cash and cash equivalents accounts receivable inventories"},
     r"(?:current|total|fixed|net|intangible) (?:assets|liabilit)|\bliabilit|debt[- ]to[- ]|leverage|holders'? equity|retained earnings|goodwill|inventor(?:y|ies)\b"
-    r"|accounts? (?:payable|receivable)|receivables|\bpp&?n?e\b|property,? plant|cash and cash equivalents|book value": {_BALANCE: "total assets total current assets total liabilities shareholders equity"},
+    r"|accounts? (?:payable|receivable)|receivables|(?:total|short-term) debt|\bpp&?n?e\b|property,? plant|cash and cash equivalents|book value": {_BALANCE: "total assets total current assets total liabilities shareholders equity"},
     r"gross (?:margin|profit)": {_INCOME: f"gross profit {_COST} {_SALES}"},
     r"operating (?:margin|income|profit|expense|loss)|\bebit\b|\bopex\b": {_INCOME: f"operating income total operating expenses {_SALES}"},
     r"net (?:income|profit|earnings|loss|margin)|profit margin|bottom line|earnings per share|\beps\b": {_INCOME: "net income earnings per share diluted"},
     r"cost of (?:goods|sales|revenue)|\bcogs\b": {_INCOME: _COST},
     r"\bsg&?a\b|selling,? general|\br&d\b|research and development|interest expense": {_INCOME: "selling general and administrative research and development interest expense"},
+    r"pre-?tax|before (?:income )?tax": {_INCOME: "income before income taxes"},
     r"effective tax|tax rate|income tax|tax expense": {_INCOME: "income before income taxes provision for income taxes", "taxes": ""},
     r"\brevenues?\b|\bsales\b|top[- ]?line": {_INCOME: _SALES},
     r"securities\b.{0,60}\bregist|regist\w+\b.{0,60}\bsecurities|trading symbol|ticker": {"cover": ""},
@@ -438,6 +470,9 @@ _TERMS = {
     r"acqui(?:re|sition)|\bmergers?\b|divest|purchase price": {"acquisitions": ""},
     r"(?:senior|long-term) (?:notes|debt)|borrowings?|credit facilit|revolv|matur(?:e|ity|ities)\b": {"debt": ""},
     r"\bleas(?:e|es|ing)\b": {"leases": ""},
+    r"restructuring": {"restructuring": ""},
+    r"\bpensions?\b|retirement (?:plan|benefit)": {"pensions": ""},
+    r"shares outstanding": {"cover": "number of shares of common stock outstanding"},
 }
 
 FINANCE = Glossary(_PLACES, _NAMED, _TERMS)

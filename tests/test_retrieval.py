@@ -167,6 +167,8 @@ RECORDS = (
     {"source": "3M_2023_10K.pdf", "company": "3M Company", "document_type": "10-K", "fiscal_year": 2023},
     {"source": "JOHNSON_JOHNSON_2022_10K.pdf", "company": "Johnson & Johnson", "fiscal_year": 2022},
     {"source": "PEPSICO_2022_10K.pdf"},
+    {"source": "MCDONALDS_2022_10K.pdf", "company": "McDonald\u2019s Corporation"},
+    {"source": "MGMRESORTS_2022_10K.pdf", "company": "MGM Resorts International"},
     {"source": "overdraft-rates-2025.md", "title": "Overdraft rates 2025"},
 )
 
@@ -183,9 +185,13 @@ RECORDS = (
     ("Ulta's sales in fiscal 2022", ["ULTABEAUTY_2023Q4_EARNINGS.pdf"]),
     ("What did 3M sell in Q2 of 2023?", ["3M_2023Q2_10Q.pdf"]),
     ("What does 3M's 2023 annual report say?", ["3M_2023_10K.pdf"]),
-    ("J&J or JnJ sales in 2022", ["JOHNSON_JOHNSON_2022_10K.pdf"]),
+    ("J&J's sales in 2022", ["JOHNSON_JOHNSON_2022_10K.pdf"]),
+    ("JnJ sales in 2022", ["JOHNSON_JOHNSON_2022_10K.pdf"]),
+    ("How many restaurants does McDonald's run?", ["MCDONALDS_2022_10K.pdf"]),
+    ("MGM's EBITDAR", ["MGMRESORTS_2022_10K.pdf"]),
     ("Pepsico's cash?", ["PEPSICO_2022_10K.pdf"]),
     ("What is the best overdraft rate for American customers in 2025?", None),
+    ("What were the overdraft rates?", None),
     ("", None),
 ])
 def test_documents_are_inferred_from_company_year_and_kind(question, expected):
@@ -206,6 +212,8 @@ def test_inferred_documents_exist(question):
     ("What is the FY2018 capex? Answer in USD millions. Give a response by relying on the cash flow statement.", "What is the FY2018 capex?"),
     ("What is DPO? DPO is defined as: 365 * payables / COGS. Round your answer to two decimals.", "What is DPO?"),
     ("Show me the fees.", "Show me the fees."),
+    ("Assume you are an analyst. Answer from the balance sheet: what is the net PP&E? Answer in USD.", "what is the net PP&E?"),
+    ("Using the P&L, what is the margin? Round to two decimals.", "Using the P&L, what is the margin?"),
     ("Which card is free? Do I pay abroad?", "Which card is free? Do I pay abroad?"),
 ])
 def test_instructions_are_stripped_and_a_question_is_never_emptied(question, left):
