@@ -327,10 +327,16 @@ def discard(
 
 
 def _forget(base: KnowledgeBase, writer: _Writer) -> None:
-    "Keep the current generation only."
+    "Keep the current generation only. Raises `IndexDamagedError` where a file cannot be deleted: the marker then stays."
     base._publish(replace(base._manifest, beside=None))
-    writer._sweep({base._manifest.generation})
-    (base.path / _MARKER).unlink(missing_ok=True)
+    current = base._folder(base._manifest.generation)
+    for _ in range(20):    # a reader that was opening a generation may leave an empty one
+        writer._sweep({base._manifest.generation})
+        if [*base.path.glob("generation-*")] == [current]:
+            (base.path / _MARKER).unlink(missing_ok=True)
+            return
+        time.sleep(0.05)
+    raise IndexDamagedError("Files of earlier generations cannot be deleted.", "Check the folder's permissions, then do it again.")
 
 # %% ../nbs/index_operations.ipynb #7ed8e3d4
 @dataclass(frozen=True)

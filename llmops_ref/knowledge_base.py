@@ -1266,7 +1266,10 @@ class _Writer:
         if self._marker.exists() or self._store.snapshot.damaged or not _searchable(self._store):
             self._repair()
         folder, snapshot = base._folder(base._manifest.generation) / _ROWS, self._store.snapshot
-        self._draft = _Draft(folder, snapshot if snapshot.folder == folder else None, base._manifest.dimensions)
+        if snapshot.folder != folder:    # a new index: whoever opens it during its first ingest is to see nothing, not a part
+            with contextlib.closing(_Draft(folder, None, base._manifest.dimensions)) as draft:
+                snapshot = self._store.snapshot = draft.save()
+        self._draft = _Draft(folder, snapshot, base._manifest.dimensions)
         self.known = self._draft.known()
         self._sources = {str(row["source"]): path for path, row in self.known.items()}
 

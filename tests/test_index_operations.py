@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -525,7 +526,8 @@ def test_what_is_exported_is_what_is_imported(tmp_path_factory, data):
     report = import_index(copy, place / "x.parquet")
     assert contents(copy) == contents(base) and report.chunks == len(base) and check_index(copy).ok
     for groups in (None, ["staff"], ["board", "日本"], ALL_GROUPS):
-        assert [passage.to_dict() for passage in copy.search("word", 9, groups=groups)] == [passage.to_dict() for passage in base.search("word", 9, groups=groups)]
+        found = [{passage.chunk_id: replace(passage, scores={}) for passage in opened.search("word", 99, groups=groups)} for opened in (copy, base)]
+        assert found[0] == found[1]    # the order of equals may differ
     assert copy.ingest(place / "docs", progress=False).unchanged == report.documents, "documents are known by their content"
 
 
