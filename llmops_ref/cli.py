@@ -36,7 +36,7 @@ def default_index() -> Path:
 
 def handbook_index() -> Path:
     "The index of the sample handbook, which `llmops-ref demo` makes."
-    return cache_dir() / "handbook-index"
+    return cache_dir() / "handbook-index-2"    # the format is in the name: an older version's index stays beside it
 
 
 def _index_to_ask(given: str | None) -> Path:

