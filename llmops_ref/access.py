@@ -198,7 +198,7 @@ _TESTS: dict[str, Callable[[Any, Any], bool]] = {
 
 def matches(
     record: Mapping[str, Any],     # fields of a document: "source", "meta_title", …
-    where: Mapping[str, Any],      # Chroma's notation: {"meta_company": "Adobe"}, {"$and": [...]}, {"source": {"$in": [...]}}
+    where: Mapping[str, Any],      # Chroma's notation: {"meta_company": "Adobe"}, {"source": {"$in": [...]}}
 ) -> bool:
     "Whether a document meets a condition on its fields. Raises `BadInputError` for a condition that is none."
     if not isinstance(where, Mapping):
