@@ -31,12 +31,13 @@ from .retrieval import Retrieval
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
-_all_ = ["ALL_GROUPS", "Citation", "IngestReport", "KnowledgeBase", "Passage", "find_support", "supported"]
-
 # %% auto #0
 __all__ = ['Decline', 'Rewriter', 'Answer', 'TokenCounter', 'build_prompt', 'RAG', 'Turn', 'follow_up', 'rewrite_with',
            'Conversation', 'ALL_GROUPS', 'Citation', 'IngestReport', 'KnowledgeBase', 'Passage', 'find_support',
            'supported']
+
+# %% ../nbs/rag.ipynb #f435a816
+_all_ = ["ALL_GROUPS", "Citation", "IngestReport", "KnowledgeBase", "Passage", "find_support", "supported"]
 
 # %% ../nbs/rag.ipynb #1e8396f3
 @dataclass(frozen=True)
