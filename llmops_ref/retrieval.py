@@ -408,7 +408,7 @@ def find_aims(
 _INCOME, _BALANCE, _CASH = "income statement", "balance sheet", "cash flow statement"
 
 _PLACES = {
-    _INCOME: Place(r"statements? of (?:\w+ )?(?:income|operations|earnings|profit)|income statements?", "consolidated statements of income operations earnings", True),
+    _INCOME: Place(r"statements? of (?!comprehensive)(?:\w+ )?(?:income|operations|earnings|profit)|income statements?", "consolidated statements of income operations earnings", True),
     _BALANCE: Place(r"balance sheets?|statements? of (?:\w+ )?financial (?:position|condition)", "consolidated balance sheets financial position", True),
     _CASH: Place(r"statements? of (?:\w+ )?cash flows?|cash flow statements?", "consolidated statements of cash flows", True),
     "reconciliation": Place(r"reconciliation|non-?gaap|organic|constant currency|components of", "reconciliation of non-gaap measures adjusted excluding items constant currency organic growth", True),
@@ -447,7 +447,7 @@ _TERMS = {
     r"\bebitda\b": {_INCOME: "operating income net income interest expense income taxes", _CASH: "depreciation and amortization"},
     r"free cash ?flow|\bfcf\b": {_CASH: "net cash provided by operating activities purchases of property and equipment"},
     r"cash ?flows?\b.{0,30}\b(?:operat|invest|financ)|(?:operat|invest|financ)\w*\b.{0,60}\bcash": {_CASH: "net cash operating activities investing activities financing activities"},
-    r"\bcap(?:ital )?ex(?:penditures?)?\b|purchases? of (?:property|pp&e)": {_CASH: "purchases of property plant and equipment capital expenditures"},
+    r"\bcap(?:ital )?ex(?:penditures?)?\b|capital spend|purchases? of (?:property|pp&e)": {_CASH: "purchases of property plant and equipment capital expenditures"},
     r"depreciation|amorti[sz]ation": {_CASH: "depreciation and amortization"},
     r"dividends?\b.{0,20}\bpa(?:id|y)|\bpa(?:id|y)\w*\b.{0,20}\bdividends?|(?:payout|retention) ratio": {_CASH: "dividends paid financing activities", _INCOME: "net income"},
     r"\bdividends?\b": {_CASH: "dividends paid financing activities"},
@@ -457,22 +457,24 @@ _TERMS = {
     r"|accounts? (?:payable|receivable)|receivables|(?:total|short-term) debt|\bpp&?n?e\b|property,? plant|cash and cash equivalents|book value": {_BALANCE: "total assets total current assets total liabilities shareholders equity"},
     r"gross (?:margin|profit)": {_INCOME: f"gross profit {_COST} {_SALES}"},
     r"operating (?:margin|income|profit|expense|loss)|\bebit\b|\bopex\b": {_INCOME: f"operating income total operating expenses {_SALES}"},
-    r"net (?:income|profit|earnings|loss|margin)|profit margin|bottom line|earnings per share|\beps\b": {_INCOME: "net income earnings per share diluted"},
+    r"net (?:income|profit|earnings|loss|margin)|profit margin|bottom line|(?:earnings|loss(?:es)?) per share|\beps\b": {_INCOME: "net income earnings per share diluted"},
     r"cost of (?:goods|sales|revenue)|\bcogs\b": {_INCOME: _COST},
     r"\bsg&?a\b|selling,? general|\br&d\b|research and development|interest expense": {_INCOME: "selling general and administrative research and development interest expense"},
     r"pre-?tax|before (?:income )?tax": {_INCOME: "income before income taxes"},
     r"effective tax|tax rate|income tax|tax expense": {_INCOME: "income before income taxes provision for income taxes", "taxes": ""},
     r"\brevenues?\b|\bsales\b|top[- ]?line": {_INCOME: _SALES},
     r"securities\b.{0,60}\bregist|regist\w+\b.{0,60}\bsecurities|trading symbol|ticker": {"cover": ""},
-    r"legal (?:battle|proceeding|matter|case|dispute|claim)|lawsuit|litigation|antitrust": {"legal": ""},
-    r"geograph|\bregions?\b|countr(?:y|ies)": {"geography": ""},
+    r"legal (?:battle|proceeding|matter|case|dispute|claim)|lawsuit|litigation|antitrust|\bsue[ds]?\b|\bsuing\b": {"legal": ""},
+    r"geograph|\bregions?\b|countr(?:y|ies)|\b(?:abroad|overseas|domestic|international|foreign (?:sales|revenues?)|united states|china|europe|asia|japan|emea|apac)\b"
+    r"|rest of the world": {"geography": ""},
     r"\bsegments?\b|business (?:line|unit|division)s?": {"segments": ""},
     r"acqui(?:re|sition)|\bmergers?\b|divest|purchase price": {"acquisitions": ""},
-    r"(?:senior|long-term) (?:notes|debt)|borrowings?|credit facilit|revolv|matur(?:e|ity|ities)\b": {"debt": ""},
+    r"repa(?:y|id)|\bpa(?:y|id) (?:back|down|off)\b|new (?:borrowing|debt)|(?:rais|issu)\w* (?:of )?(?:new )?(?:debt|notes|bonds)": {_CASH: "proceeds from issuance of debt repayments of debt financing activities"},
+    r"(?:senior|long-term) (?:notes|debt)|borrowings?|credit facilit|revolv|undrawn|matur(?:e|ity|ities)\b": {"debt": ""},
     r"\bleas(?:e|es|ing)\b": {"leases": ""},
     r"restructuring": {"restructuring": ""},
     r"\bpensions?\b|retirement (?:plan|benefit)": {"pensions": ""},
-    r"shares outstanding": {"cover": "number of shares of common stock outstanding"},
+    r"shares (?:of \w+ stock )?(?:were |are )?outstanding": {"cover": "number of shares of common stock outstanding"},
 }
 
 FINANCE = Glossary(_PLACES, _NAMED, _TERMS)
@@ -532,6 +534,9 @@ def chat_rewriter(
 # %% ../nbs/retrieval.ipynb #b80dbae5
 _REASON = re.compile(r"\b(?:drove|driv\w+|why|reasons?|caused?|due to|factors?)\b", re.IGNORECASE)
 _FRONT = re.compile(r"table of contents|\bindex\b|\bexhibits\b|exhibit index|signatures?$|certification|report of independent")
+_ANNEX = re.compile(r"\b(?:signatures|exhibits)\b.* > ")                             # what is bound in behind a report
+_PART = re.compile(r"statements? of|balance sheets?|\bnotes? ")                       # unless the statements stand there, as in some reports
+_RATIO = re.compile(r"\b(?:margins?|ratios?|turnover|days|dpo|dso|dio|roa|roe|return on|coverage|free cash ?flow|fcf|working capital|per share|eps|intens\w+)\b")
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -602,8 +607,10 @@ def _stands_in(pattern: str, context: str, first: bool = False) -> bool:
 
 @lru_cache(maxsize=16384)
 def _is_front(context: str) -> bool:
-    "Whether the nearest heading is that of a contents page, an exhibit list, a signature page or an auditor's report."
-    return _FRONT.search(_heading(context).rpartition(" > ")[2]) is not None
+    "Whether a passage stands on a contents page, an exhibit list, a signature page, in an auditor's report or in an annex."
+    heading = _heading(context)
+    annex = _ANNEX.search(heading) is not None and _PART.search(heading) is None
+    return annex or _FRONT.search(heading.rpartition(" > ")[2]) is not None
 
 
 def _numeric(text: str) -> bool:
@@ -673,10 +680,11 @@ class _Search:
     def with_aims(self, pages: list[Passage], where: Mapping[str, Any] | None, glossary: Glossary) -> list[Passage]:
         "Move the best page of each aim forward, of a single aim the second too; without known sources, inside the best page's document."
         inside = where or _where([pages[0].source])
-        targets = [self.targets(aim, inside) for aim in find_aims(self.question, glossary)]
-        targets = [found for found in targets if found]
+        aims = find_aims(self.question, glossary)
+        targets = [found for found in (self.targets(aim, inside) for aim in aims) if found]
         named = any(re.search(pattern, self.question.lower()) for pattern in glossary.named)
-        ahead = 2 if _REASON.search(self.queries[0]) else 0 if named else 1
+        computed = all(aim.place.numbers for aim in aims) and _RATIO.search(self.queries[0].lower()) is not None
+        ahead = 2 if _REASON.search(self.queries[0]) else 0 if named or computed else 1
         second = targets[0][1:2] if len(targets) == 1 else []
         order = [*pages[:ahead], *(found[0] for found in targets), *pages[ahead:ahead + 1], *second, *pages[ahead + 1:]]
         return _best_of_pages(order) if self.retrieval.one_per_page else list({item.chunk_id: item for item in order}.values())
