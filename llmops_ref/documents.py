@@ -844,13 +844,21 @@ def _read_pdf(data: bytes) -> Document:
         with contextlib.closing(pdf):
             if len(pdf) > MAX_PAGES:
                 raise DocumentTooLargeError(f"The PDF claims {len(pdf):,} pages; the limit is {MAX_PAGES:,}.", "Split it into volumes.")
-            pages = ((number + 1, _pdf_lines(pdf, number)) for number in range(len(pdf)))
             title = pdf.get_metadata_dict(skip_empty=True).get("Title", "")
-            return _document(_pdf_parts(_without_repeats(pages)), {"title": title} if title else {})
+            metadata = {"title": title} if title else {}
+            try:
+                return _document(_pdf_parts(_without_repeats(_pdf_pages(pdf))), metadata)
+            except UnreadableDocumentError:
+                return _document(_pdf_parts(_pdf_pages(pdf)), metadata)    # where every line repeats, they are the text
     except pdfium.PdfiumError as error:
         if "password" in str(error).lower():
             raise UnreadableDocumentError("The PDF is protected by a password.", "Save a copy without one.") from error
         raise UnreadableDocumentError(f"The PDF cannot be opened ({error}).", "Copy or export the file again.") from error
+
+
+def _pdf_pages(pdf: Any) -> Iterator[tuple[int, list[_Line]]]:
+    "Page numbers from 1, with the lines that stand there."
+    return ((number + 1, _pdf_lines(pdf, number)) for number in range(len(pdf)))
 
 
 def _pdf_parts(pages: Iterable[tuple[int, list[_Line]]]) -> Iterator[tuple[str, int | None, str | None]]:

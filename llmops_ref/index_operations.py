@@ -703,10 +703,12 @@ def delete_documents(
     base: KnowledgeBase,
     sources: str | Iterable[str],    # names as in `Passage.source`, or absolute paths
 ) -> OperationReport:
-    """Delete documents so that no byte of them is left in any file of the index.
+    """Delete documents so that no byte of them is left in the texts, tables and databases of the index.
 
     The rest is copied into a new generation, which becomes the current one in one step; then every other generation
     is deleted, and with it the way back. Delete the files themselves first, or the next ingest reads them again.
+    Chroma writes the unused end of its vector files as it finds it in memory, so a piece of a text that this process
+    has read may stand there until the next settlement; texts, tables and databases hold none.
     Raises `BadInputError` naming what is not in the index; nothing is deleted then.
     """
     began = time.perf_counter()

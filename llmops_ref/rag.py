@@ -26,7 +26,7 @@ from .documents import Passage, estimate_tokens, sentences
 from .embeddings import MODEL_NAME
 from .evidence import Citation, Unit, amounts_in, content_words, find_support, rank_units, stems, supported
 from .knowledge_base import IngestReport, KnowledgeBase, check_question
-from .retrieval import Retrieval
+from .retrieval import Retrieval, widen
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -135,8 +135,8 @@ _MARK = re.compile(r"\s*\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
 class _Draft:
     "An answer in the making: takes generated text piece by piece and lets checked sentences through."
 
-    def __init__(self, rag: RAG, question: str, passages: list[Passage], started: float) -> None:
-        self.rag, self.question, self.passages, self.started = rag, question, passages, started
+    def __init__(self, rag: RAG, question: str, groups: Any, passages: list[Passage], started: float) -> None:
+        self.rag, self.question, self.groups, self.passages, self.started = rag, question, groups, passages, started
         self.score: float | None = rag.decline(question, passages) if passages and rag.decline else None
         self.because = "" if passages else "nothing was found"
         if self.score is not None and self.score < rag.threshold:
@@ -165,6 +165,8 @@ class _Draft:
         rag = self.rag
         if rag.sentences is not None:
             return build_prompt(self.question, [unit.readable() for unit in self.units[:rag.sentences]], rag.budget, count=rag.counter.count)
+        view = rag.knowledge_base.view(self.groups)    # found small, read large: as much of each page as the budget holds
+        self.passages = [widen(view, passage, max(1, rag.budget // len(self.passages))) for passage in self.passages]
         texts = [f"{passage.place}\n{passage.header or ''}\n{passage.text}" for passage in self.passages]
         messages = build_prompt(self.question, texts, rag.budget, numbered=True, count=rag.counter.count)
         self._shown = sum(f"[{number}] {text[:40]}" in str(messages[1].content) for number, text in enumerate(texts, 1))
@@ -333,7 +335,7 @@ class RAG(Runnable[str, Answer]):
         text, k = check_question(question), wishes.get("k")
         groups = wishes["groups"] if wishes.get("groups") is not None else ((config or {}).get("configurable") or {}).get("groups")
         found = self.knowledge_base.search(text, self.k if k is None else k, groups=groups, retrieval=self.retrieval)
-        return _Draft(self, text, found, started)
+        return _Draft(self, text, groups, found, started)
 
     def _run(self, question: str, wishes: Mapping[str, Any], config: RunnableConfig | None) -> Iterator[str | Answer]:
         draft = self._begin(question, wishes, config)

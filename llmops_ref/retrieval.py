@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -745,5 +746,6 @@ def widen(
 
 
 def _joined(passages: Sequence[Passage]) -> str:
-    "The texts in order, each on a line of its own."
-    return "\n".join(passage.text for passage in passages)
+    "The texts in order, as far apart as in the document, so that places in the joined text are places in the document."
+    gaps = [max(0, item.start - before.end) for before, item in pairwise(passages)]
+    return "".join(passage.text + "\n" * gap for passage, gap in zip(passages, [*gaps, 0], strict=True))

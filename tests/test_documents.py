@@ -558,3 +558,9 @@ def test_a_long_pdf_takes_memory_for_its_text_and_a_few_pages(tmp_path):
     grown, length = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert length > 250_000
     assert grown < 12 * length, "120 pages of places would take over 100 bytes a word"
+
+
+def test_a_report_whose_every_line_repeats_keeps_its_text():
+    page = [(60, 700, "Kept 41"), (60, 30, "(2a.)Z(")]
+    document = read_document("a.pdf", draw_pdf([page, page]))
+    assert document.text.count("41") == 2 and [block.page for block in document.blocks] == [1, 2]

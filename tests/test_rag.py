@@ -545,3 +545,25 @@ def test_ten_threads_ask_while_one_ingests(tmp_path):
         thread.join()
     assert not errors and not torn and len(asked) >= 10
     assert {re.search(r"£(\d+)", item.text)[1] for item in base.search("account cost", 3)} == {"6"}
+
+
+# --- found small, read large ---------------------------------------------------------------------------------------
+
+
+def test_a_model_that_reads_passages_gets_the_neighbours_too_and_citations_keep_their_places(tmp_path):
+    fillers = "\n\n".join(f"Paragraph {number} talks at length about branches, queues, counters and the weather in town." for number in range(40))
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "kettles.md"
+    path.write_text(f"# Kettles\n\n{fillers}\n\nThe kettle levy is named after Zorro.\n\nIt costs £41 a year.\n\n{fillers.replace('town', 'ports')}")
+    base = KnowledgeBase.open(tmp_path / "index", HashEmbeddings())
+    base.ingest(tmp_path / "docs", progress=False)
+    found = base.search("kettle levy Zorro", 1)[0]
+    model = Scripted(reply="The kettle levy is named after Zorro.")
+    answer = RAG(base, model, k=1, sentences=None, budget=600, **JUDGE).ask("kettle levy Zorro")
+    read = answer.passages[0]
+    assert read.chunk_id == found.chunk_id and found.text in read.text and len(read.text) > 1.5 * len(found.text)
+    assert len(read.text) == read.end - read.start and read.text in model.seen[0][0][1].content
+    text = read_document(path).text
+    assert [text[item.start:item.end] for item in answer.citations] == ["The kettle levy is named after Zorro."]
+    small = RAG(base, model, k=1, sentences=None, budget=10, **JUDGE).ask("kettle levy Zorro")
+    assert small.passages[0].text == found.text, "a budget without room for more leaves the passage as it was found"
