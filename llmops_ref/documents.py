@@ -29,7 +29,7 @@ from .core import BadInputError, require
 # %% auto #0
 __all__ = ['MAX_UNPACKED', 'MAX_XML', 'MAX_PAGE_CHARACTERS', 'MAX_PAGES', 'SUPPORTED_SUFFIXES', 'MAX_BYTES', 'TABLE_RULE',
            'UnreadableDocumentError', 'DocumentTooLargeError', 'Block', 'Document', 'read_document', 'estimate_tokens',
-           'sentences', 'Chunk', 'split_document', 'Passage']
+           'sentences', 'Chunk', 'split_document', 'place_of', 'Passage']
 
 # %% ../nbs/documents.ipynb #044c0389
 class UnreadableDocumentError(BadInputError):
@@ -1233,6 +1233,17 @@ def _behind_blanks(text: str, start: int, end: int) -> int:
     return start
 
 # %% ../nbs/documents.ipynb #78ee3f00
+def place_of(
+    source: str,             # the document
+    page: int | None,        # counted from 1
+    section: str | None,     # heading path
+) -> str:
+    "Where to look it up: `report.pdf p. 12`, or `fees.md, Fees > Overdrafts`."
+    if page is not None:
+        return f"{source} p. {page}"
+    return f"{source}, {section}" if section else source
+
+
 @dataclass(frozen=True)
 class Passage:
     "A piece of a document that a search found."
@@ -1253,9 +1264,7 @@ class Passage:
     @property
     def place(self) -> str:
         "Where to look it up: `report.pdf p. 12`, or `fees.md, Fees > Overdrafts`."
-        if self.page is not None:
-            return f"{self.source} p. {self.page}"
-        return f"{self.source}, {self.section}" if self.section else self.source
+        return place_of(self.source, self.page, self.section)
 
     def to_dict(self) -> dict[str, Any]:
         "The passage as plain types, for JSON."

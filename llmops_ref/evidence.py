@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .documents import TABLE_RULE, Passage, sentences
+from .documents import TABLE_RULE, Passage, place_of, sentences
 
 # %% auto #0
 __all__ = ['Citation', 'stem', 'content_words', 'stems', 'amounts_in', 'Unit', 'units_of', 'find_support', 'supported',
@@ -33,9 +33,7 @@ class Citation:
     @property
     def place(self) -> str:
         "Where to look it up: `report.pdf p. 12`, or `fees.md, Fees > Overdrafts`."
-        if self.page is not None:
-            return f"{self.source} p. {self.page}"
-        return f"{self.source}, {self.section}" if self.section else self.source
+        return place_of(self.source, self.page, self.section)
 
 # %% ../nbs/evidence.ipynb #0495cdbb
 _STOP = frozenset(re.findall(r"\w+", """
