@@ -218,7 +218,8 @@ def _bca(groups: _Groups, level: float, bounds: tuple[float, float] | None) -> t
     return float(low), float(high)
 
 # %% ../nbs/scores.ipynb #6a5d21a6
-_FEW = 8    # groups below which a bootstrap cannot reach far enough
+_FEW = 8         # groups below which a bootstrap cannot reach far enough
+_MANY = 2000     # groups above which a formula reaches as well
 
 
 def _mean_interval(
@@ -249,6 +250,8 @@ def _mean_interval(
     quantile, suffix = student_quantile((1 + level) / 2, groups.freedom), ", clustered" if clustered else ""
     if binary:
         return *wilson_bounds(mean, effective, quantile), "Wilson" + suffix, effective
+    if units > _MANY:
+        return *_hall(groups, quantile), "Hall" + suffix, effective
     if units >= _FEW:
         return *_bca(groups, level, bounds if bounded else None), "BCa bootstrap" + suffix, effective
     reach = quantile * math.sqrt(groups.variance)
