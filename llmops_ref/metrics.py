@@ -43,6 +43,9 @@ from .evidence import amounts_in
 from .models import load_chat_model, load_embeddings
 from .scores import Failure, FailureKind, Value
 
+if TYPE_CHECKING:
+    from llmops_ref.judges import JudgeIdentity
+
 # %% auto #0
 __all__ = ['METRICS', 'ModelForJudging', 'MetricSpec', 'JudgeCallError', 'failure_of', 'CallCache', 'chat_identity',
            'LangChainJudge', 'RagasEmbeddings', 'Metric', 'measure', 'load_metrics', 'as_metric', 'as_judge',
@@ -823,6 +826,14 @@ class Metric:
     rows: Literal["all", "answerable"] = "answerable"
     labels: Mapping[str, float] = field(default_factory=dict, compare=False)    # of a discrete metric: what each label is worth
     llm: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)    # for metrics handed their model at each call
+    claims_judge: Judge | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def judge_identity(self) -> JudgeIdentity | None:
+        "What a card of this metric's judge must have been made of; None where nothing is judged."
+        from llmops_ref.judges import identity
+
+        return identity(self.claims_judge or as_judge(self)) if self.judge else None
 
     @property
     def lowest(self) -> float:
@@ -1004,6 +1015,7 @@ class _Parts:
         return Metric(
             spec.name, _fingerprint(spec.name, decides), partial(_build, spec, lambda: self.llm, lambda: self.vectors, self.claims_judge),
             spec.needs, name, model, spec.range, spec.higher_is_better, spec.rows,
+            claims_judge=self.claims_judge if spec.judge == "claims" else None,
         )
 
 
@@ -1143,23 +1155,33 @@ class _MetricJudge:
 
     def judge(self, claims: Sequence[Claim]) -> list[Value]:
         "The metric's value for each claim, as if it were the whole answer."
+        compared = "retrieved_contexts" not in self.metric.needs    # with a reference: then the passages are it
         rows = [
-            EvaluationRow(str(number), claim.question or claim.text, response=claim.text, retrieved_contexts=claim.passages)
+            EvaluationRow(
+                str(number), claim.question or claim.text, response=claim.text, retrieved_contexts=claim.passages,
+                reference="\n".join(claim.passages) if compared else claim.text,
+            )
             for number, claim in enumerate(claims)
         ]
         return list(self.metric.measure(rows, workers=self.workers).values())
 
 
 def as_judge(
-    metric: Any,                  # a `Metric` or RAGAS object that needs no more than question, response and passages
+    metric: Any,                  # a `Metric` or RAGAS object that needs question, response, passages, reference at most
     threshold: float = 0.5,       # supported from here on
     *,
     workers: int = 4,             # claims in progress at once
 ) -> Judge:
-    "Any such metric as a judge of claims, to be calibrated on labelled claims. Raises `BadInputError` where it needs more."
+    """Any such metric as a judge of claims, to be calibrated on labelled claims. Raises `BadInputError` where it needs more.
+
+    The claim is the response; it is also the reference where the metric holds a reference against passages. Where it
+    holds the response against a reference, the passages are the reference.
+    """
     ready = as_metric(metric)
-    if more := set(ready.needs) - {"user_input", "response", "retrieved_contexts"}:
+    if more := set(ready.needs) - {"user_input", "response", "reference", "retrieved_contexts"}:
         raise BadInputError(f"{ready.name} needs {', '.join(sorted(more))}, which a claim has not.", "Use a metric of answers against passages.")
+    if ready.claims_judge is not None:
+        return ready.claims_judge
     return _MetricJudge(ready, ready.judge or ready.name, ready.model, ready.fingerprint, threshold, workers)
 
 # %% ../nbs/metrics.ipynb #46b8b75b
