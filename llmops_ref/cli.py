@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,9 @@ def default_index() -> Path:
 
 
 def handbook_index() -> Path:
-    "The index of the sample handbook, which `llmops-ref demo` makes."
-    return cache_dir() / "handbook-index-2"    # the format is in the name: an older version's index stays beside it
+    "The index of this installation's sample handbook, which `llmops-ref demo` makes."
+    folder = str(resources.files("llmops_ref") / "data" / "handbook")    # a document is known by its path: two installations would index each twice
+    return cache_dir() / f"handbook-index-2-{sha256(folder.encode()).hexdigest()[:8]}"    # 2: the format, so that an older index stays beside it
 
 
 def _index_to_ask(given: str | None) -> Path:

