@@ -99,7 +99,7 @@ def _metric(evaluation: Reported, name: str, level: float) -> dict[str, Any]:
     counts = [0] * 10
     for number in numbers:
         counts[min(int(10 * (number - low) / (high - low)), 9)] += 1
-    plain = {"name": name, "judge": facts.judge, "higher_is_better": facts.higher_is_better, "rows": len(values)}
+    plain = {"name": _clean(name), "judge": facts.judge and _clean(facts.judge), "higher_is_better": facts.higher_is_better, "rows": len(values)}
     return plain | {"score": _plain(found), "range": [low, high], "histogram": counts}
 
 
@@ -108,7 +108,7 @@ def _judge(evaluation: Reported, name: str, result: GateResult | None) -> dict[s
     check = next((check for check in result.checks if (check.kind, check.of) == ("judge", name)), None) if result else None
     identity, card = evaluation.judges.get(name), evaluation.cards.get(name)
     plain = {key: getattr(identity, key, None) for key in ("model", "prompt_hash")}
-    return {"name": name, **plain, "card": _plain(card), "verdict": check and check.verdict, "reason": check and check.reason}
+    return {"name": _clean(name), **_plain(plain), "card": _plain(card), "verdict": check and check.verdict, "reason": check and check.reason}
 
 
 def _worst(evaluation: Reported, metric: str, rows: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _worst(evaluation: Reported, metric: str, rows: Mapping[str, Any], n: int) -
     worth = {row: -math.inf if number is None else sign * number for row, number in numbers.items()}
     best = max(worth.values(), default=0.0)
     order = sorted((row for row in worth if worth[row] < best or numbers[row] is None), key=lambda row: (worth[row], row))
-    return {"metric": metric, "rows": order[:n]}
+    return {"metric": _clean(metric), "rows": order[:n]}
 
 
 def _row(evaluation: Reported, row: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _row(evaluation: Reported, row: Any) -> dict[str, Any]:
         "response": _cut(row.response, "response"), "reference": _cut(row.reference, "reference"),
         "error": error and _cut(f"{error.kind}: {error.message}", "detail"),
         "passages": passages[:_MOST_PASSAGES], "passages_in_all": len(passages),
-        "values": {metric: _value(evaluation.values(metric)[row.id]) for metric in evaluation.metrics if row.id in evaluation.values(metric)},
+        "values": {_clean(metric): _value(evaluation.values(metric)[row.id]) for metric in evaluation.metrics if row.id in evaluation.values(metric)},
     }  # fmt: skip
 
 # %% ../nbs/reports.ipynb #8b442271
@@ -157,12 +157,12 @@ def report_data(
         "metrics": [_metric(evaluation, name, level) for name in evaluation.metrics],
         "judges": [_judge(evaluation, name, result) for name in judges],
         "slices": [
-            {"by": by, "metric": metric, "slices": [{"name": _clean(one.name), "score": _plain(one.score)} for one in evaluation.slices(by, metric)]}
+            {"by": by, "metric": _clean(metric), "slices": [{"name": _clean(one.name), "score": _plain(one.score)} for one in evaluation.slices(by, metric)]}
             for by in slices
             for metric in evaluation.metrics
         ],
         "attribution": _plain(evaluation.attribution()),
-        "worst": found,
+        "worst": [one | {"rows": list(map(_clean, one["rows"]))} for one in found],
         "rows": {_clean(row): _row(evaluation, rows[row]) for row in shown},
         "environment": _plain(evaluation.environment),
     }  # fmt: skip
