@@ -163,6 +163,13 @@ class Gate:
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise GateFileError(f"{file.name} is not TOML: {error}.", "Mend that line; https://toml.io has the rules.") from error
 
+    def check_fit(
+        self,
+        metrics: Mapping[str, MetricFacts],    # what is measured, by name
+    ) -> None:
+        "Raise `GateFileError` for a limit that no measurement can meet or break; cheap, so do it before a long run."
+        _check_fit(self, metrics)
+
     def check(
         self,
         evaluation: Evaluated,                                # what is to be released
@@ -219,6 +226,22 @@ class Evaluated(Protocol):
     def judges(self) -> Mapping[str, JudgeIdentity]: ...    # by name: the model and prompt that judged
     def values(self, metric: str) -> Mapping[str, Value]: ...
     def clusters(self) -> Mapping[str, str]: ...
+
+# %% ../nbs/release_gate.ipynb #2851b12d
+def _check_fit(gate: Gate, metrics: Mapping[str, MetricFacts]) -> None:
+    "Raise for a metric that is not measured, a limit from the wrong side, and a floor that nothing can be below."
+    for metric in gate.named:
+        if metric not in metrics:
+            near, measured = difflib.get_close_matches(metric, list(metrics), 1), ", ".join(metrics) or "none"
+            remedy = f"Write {near[0]!r}, or measure it: --metrics." if near else "Take it out, or measure it: --metrics."
+            raise GateFileError(f"{gate.name} names the metric {metric!r}, which is not measured (measured: {measured}).", remedy)
+    for table, limits, up in (("floors", gate.floors, True), ("ceilings", gate.ceilings, False)):
+        for metric, limit in limits.items():
+            facts, better = metrics[metric], "higher" if metrics[metric].higher_is_better else "lower"
+            if facts.higher_is_better != up:
+                raise _wrong(gate.name, f"{table}.{metric}", f"does not fit: {better} is better", f"it under [{'ceilings' if up else 'floors'}]")
+            if up and limit <= facts.lowest:
+                raise _wrong(gate.name, f"floors.{metric}", f"is {limit!r}, which nothing can be below", f"a number above {facts.lowest:g}")
 
 # %% ../nbs/release_gate.ipynb #bdd94107
 CheckKind = Literal["floor", "ceiling", "margin", "failures", "rows", "judge"]
@@ -303,14 +326,14 @@ def _place(found: Score, limit: float, verdict: GateVerdict, what: str, higher_i
     return text + (f"; {_settled(found, limit)}" if verdict == "inconclusive" else "")
 
 # %% ../nbs/release_gate.ipynb #35106ec8
+def _is_value(value: Value | None) -> bool:
+    return not isinstance(value, Failure) and value is not None and math.isfinite(value)
+
+
 def _limit_check(gate: Gate, evaluation: Evaluated, metric: str, kind: Literal["floor", "ceiling"], limit: float) -> Check:
     "A floor or a ceiling against the score, a row without a value counted as a miss."
     facts, values = evaluation.metrics[metric], evaluation.values(metric)
     up, clusters = facts.higher_is_better, evaluation.clusters()
-    if up != (kind == "floor"):
-        raise _wrong(gate.name, f"{kind}s.{metric}", f"does not fit: {'higher' if up else 'lower'} is better", "floors" if up else "ceilings" + " for it")
-    if up and limit <= facts.lowest:
-        raise _wrong(gate.name, f"floors.{metric}", f"is {limit!r}, which nothing can be below", f"a number above {facts.lowest:g}")
     groups = [clusters.get(row, row) for row in values]
     found = score(list(values.values()), clusters=groups, level=gate.level, lowest=facts.lowest if up else 0.0)
     counted = found.as_misses or found if up else found
@@ -324,21 +347,22 @@ def _limit_check(gate: Gate, evaluation: Evaluated, metric: str, kind: Literal["
 
 
 def _failure_check(gate: Gate, evaluation: Evaluated, metric: str, limit: float) -> Check:
-    "The share of rows without a value, with its interval, against the most that is allowed."
-    values, clusters = evaluation.values(metric), evaluation.clusters()
-    failed = [float(isinstance(value, Failure) or value is None or not math.isfinite(value)) for value in values.values()]
+    "The share of rows without a value, with its interval, against the most that is allowed; a row that the system declined is a miss, and no failure to measure."
+    clusters, declined = evaluation.clusters(), {row.id for row in evaluation.dataset if (getattr(row, "metadata", None) or {}).get("refused")}
+    values = {row: value for row, value in evaluation.values(metric).items() if not (row in declined and isinstance(value, Failure) and value.kind == "refused")}
+    failed = {row: float(not _is_value(value)) for row, value in values.items()}
     if not failed:
         return Check("failures", metric, "inconclusive", "there is no row at all", limit)
-    found = score(failed, clusters=[clusters.get(row, row) for row in values], level=gate.level)
+    found = score(list(failed.values()), clusters=[clusters.get(row, row) for row in failed], level=gate.level)
     verdict = _held(found, limit, False)
-    kinds = sorted({value.kind for value in values.values() if isinstance(value, Failure)})
-    reason = f"{int(sum(failed))} of {len(failed)} without a value{f' ({chr(44).join(kinds)})' if kinds else ''}: " + _place(found, limit, verdict, "limit", False)
+    kinds = ", ".join(sorted({value.kind for value in values.values() if isinstance(value, Failure)}))
+    reason = f"{int(sum(failed.values()))} of {len(failed)} without a value{kinds and f' ({kinds})'}: " + _place(found, limit, verdict, "limit", False)
     return Check("failures", metric, verdict, reason, limit, found)
 
 
 def _rows_check(gate: Gate, evaluation: Evaluated, metric: str) -> Check:
     "Whether the metric rests on enough values."
-    n = sum(not isinstance(value, Failure) and value is not None and math.isfinite(value) for value in evaluation.values(metric).values())
+    n = sum(map(_is_value, evaluation.values(metric).values()))
     enough = n >= gate.min_n
     return Check("rows", metric, "pass" if enough else "inconclusive", f"{n} values, {gate.min_n} wanted" + ("" if enough else ": evaluate more rows"), gate.min_n)
 
@@ -452,11 +476,7 @@ def _margin_checks(gate: Gate, evaluation: Evaluated, baseline: Evaluated | None
 
 def _check(gate: Gate, evaluation: Evaluated, baseline: Evaluated | None, cards: Mapping[str, JudgeCard], today: date) -> GateResult:
     "Every check of the gate."
-    for metric in gate.named:
-        if metric not in evaluation.metrics:
-            near = difflib.get_close_matches(metric, list(evaluation.metrics), 1)
-            measured = ", ".join(evaluation.metrics) or "none"
-            raise GateFileError(f"{gate.name} names the metric {metric!r}, which was not measured (measured: {measured}).", f"Write {near[0]!r}, or measure it: --metrics." if near else "Measure it: --metrics.")
+    gate.check_fit(evaluation.metrics)
     metrics = gate.named or list(evaluation.metrics)
     judges = {name: _judge_check(gate, evaluation, name, cards, today) for metric in metrics if (name := evaluation.metrics[metric].judge)}
     found: list[Check] = [_limit_check(gate, evaluation, metric, "floor", limit) for metric, limit in gate.floors.items()]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from datetime import date, timedelta
-from types import SimpleNamespace
+from datetime import date
 from typing import Any
 
 import pytest
 from evaluated import FAILED, Facts, FakeEvaluation, evaluated, rows
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmops_ref.core import BadInputError
 from llmops_ref.release_gate import EXIT_CODES, Check, Gate, GateFileError, GateResult, JudgeRule
 from llmops_ref.scores import Failure, score
 
@@ -187,7 +185,7 @@ def test_rows_that_share_a_document_count_for_less():
 @pytest.mark.parametrize(
     ("gate", "says"),
     [
-        (Gate(floors={"recal": 0.5}), "names the metric 'recal', which was not measured.*Write 'recall'"),
+        (Gate(floors={"recal": 0.5}), "names the metric 'recal', which is not measured.*Write 'recall'"),
         (Gate(margins={"kindness": 0.5}), "'kindness'.*--metrics"),
         (Gate(floors={"seconds": 0.5}), "floors.seconds does not fit: lower is better"),
         (Gate(ceilings={"recall": 0.5}), "ceilings.recall does not fit: higher is better"),

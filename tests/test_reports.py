@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from llmops_ref import reports as module
 from llmops_ref.evaluation_data import EvaluationDataset, RowError
 from llmops_ref.release_gate import Gate
-from llmops_ref.reports import REPORT_SCHEMA, ReportError, report_data, report_html, report_junit, report_markdown, write_report
+from llmops_ref.reports import (
+    REPORT_SCHEMA,
+    ReportError,
+    report_data,
+    report_html,
+    report_junit,
+    report_markdown,
+    write_report,
+)
 from llmops_ref.scores import Failure
 
 ROOT = Path(__file__).resolve().parent.parent
