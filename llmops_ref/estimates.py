@@ -16,7 +16,8 @@ import numpy as np
 from .core import BadInputError
 
 # %% auto #0
-__all__ = ['Estimate', 'bootstrap_interval', 'estimate', 'PairedDifference', 'paired_difference', 'mcnemar', 'holm']
+__all__ = ['Estimate', 'bootstrap_interval', 'student_tail', 'student_quantile', 'estimate', 'PairedDifference', 'sign_flip',
+           'paired_difference', 'mcnemar', 'holm']
 
 # %% ../nbs/estimates.ipynb #ba13b6cb
 @dataclass(frozen=True)
@@ -60,6 +61,50 @@ def bootstrap_interval(
     return Estimate(float(statistic(np.ones((1, units)))[0]), float(low), float(high), units)
 
 # %% ../nbs/estimates.ipynb #c05b78cc
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    "The continued fraction of the incomplete beta function (DLMF 8.17.22), by Lentz's method."
+    tail, head = 1 / (1 - (a + b) * x / (a + 1)), 1.0
+    value = tail
+    for step in range(1, 1000):
+        even = step * (b - step) * x / ((a + 2 * step - 1) * (a + 2 * step))
+        odd = -(a + step) * (a + b + step) * x / ((a + 2 * step) * (a + 2 * step + 1))
+        for term in (even, odd):
+            tail, head = 1 / (1 + term * tail or 1e-300), 1 + term / head or 1e-300
+            value *= tail * head
+        if abs(tail * head - 1) < 1e-14:
+            break
+    return value
+
+
+def student_tail(
+    t: float,          # the statistic
+    freedom: float,    # degrees of freedom, above 0; need not be whole
+) -> float:            # chance of a larger one
+    "Upper tail of Student's distribution (DLMF 8.17)."
+    a, b, x = freedom / 2, 0.5, freedom / (freedom + t * t)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) if t else 0.0
+    below = front * _beta_fraction(a, b, x) / a if x < (a + 1) / (a + b + 2) else 1 - front * _beta_fraction(b, a, 1 - x) / b
+    return below / 2 if t >= 0 else 1 - below / 2
+
+
+def student_quantile(
+    chance: float,     # share of the distribution below the quantile, between 0 and 1
+    freedom: float,    # degrees of freedom, above 0; need not be whole
+) -> float:
+    "Student's quantile, by Newton's method from the normal one. Raises `BadInputError` outside the ranges."
+    if not (0 < chance < 1 and 0 < freedom < math.inf):
+        raise BadInputError(f"There is no quantile for {chance} with {freedom} degrees of freedom.", "Use a share between 0 and 1, and more than 0.")
+    if chance < 0.5:
+        return -student_quantile(1 - chance, freedom)
+    t, scale = NormalDist().inv_cdf(chance), math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    for _ in range(200):
+        step = (student_tail(t, freedom) - (1 - chance)) / math.exp(scale - (freedom + 1) / 2 * math.log1p(t * t / freedom))
+        t += step
+        if abs(step) < 1e-10 * max(1.0, t):
+            break
+    return t
+
+# %% ../nbs/estimates.ipynb #59e97746
 def _numbers(values: Sequence[float] | np.ndarray, least: int) -> np.ndarray:
     "The values as floats, shape (n,). Raises `BadInputError` for too few of them, NaN, infinity or another shape."
     try:
@@ -73,21 +118,10 @@ def _numbers(values: Sequence[float] | np.ndarray, least: int) -> np.ndarray:
     return numbers
 
 
-def _student(z: float, freedom: int) -> float:
-    "Student's quantile from the normal one: the expansion 26.7.5 of Abramowitz and Stegun, good to 1% from 4 degrees of freedom."
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum((term / float(freedom**power) for power, term in enumerate(terms, 1)), 0.0)
-
-
 def _mean(numbers: np.ndarray, level: float) -> Estimate:
     "The mean with a bootstrap interval widened for a small sample (Hesterberg 2015, arXiv:1411.5279)."
-    n, z = len(numbers), NormalDist().inv_cdf((1 + level) / 2)
-    wide = 2 * NormalDist().cdf(math.sqrt(n / (n - 1)) * _student(z, n - 1)) - 1
+    n = len(numbers)
+    wide = 2 * NormalDist().cdf(math.sqrt(n / (n - 1)) * student_quantile((1 + level) / 2, n - 1)) - 1
     return bootstrap_interval(lambda times: times @ numbers / n, n, 4000, level=min(wide, 1 - 1e-12))
 
 
@@ -133,8 +167,11 @@ _DISTINCT = 2**17           # sums kept for an exact p-value
 _TOSSES = 20_000            # of all coins, where it is sampled
 
 
-def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
-    "Two-sided p-value of the sign-flip test, and whether it is exact."
+def sign_flip(
+    differences: Sequence[float] | np.ndarray,    # one for each independent unit: a question, or a document's sum
+) -> tuple[float, bool]:                          # the two-sided p-value, and whether it is exact and not sampled
+    "The sign-flip test (Fisher 1935): how often the sum would be this far from zero if each sign were a coin's."
+    differences = _numbers(differences, least=0)
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0, True
@@ -147,7 +184,9 @@ def _sign_flip(differences: np.ndarray) -> tuple[float, bool]:
         chances = np.bincount(place, np.concatenate([chances, chances]) / 2)
         if len(sums) > _DISTINCT:
             generator = np.random.default_rng(0)
-            beyond = sum(abs(float(generator.choice((-1.0, 1.0), len(sizes)) @ sizes)) >= reached for _ in range(_TOSSES))
+            block = max(_BLOCK // len(sizes), 1)
+            tosses = (generator.choice((-1.0, 1.0), (min(block, _TOSSES - done), len(sizes))) @ sizes for done in range(0, _TOSSES, block))
+            beyond = sum(int((np.abs(some) >= reached).sum()) for some in tosses)
             return (beyond + 1) / (_TOSSES + 1), False
     return min(1.0, float(chances[np.abs(sums) >= reached].sum())), True
 
@@ -167,7 +206,7 @@ def paired_difference(
     if len(ours) != len(theirs):
         raise BadInputError(f"The systems were scored on {len(ours)} and {len(theirs)} questions.", "Score both on the same ones, in the same order.")
     differences = ours - theirs
-    p, exact = _sign_flip(differences)
+    p, exact = sign_flip(differences)
     return PairedDifference(_mean(differences, level), p, int((differences > 0).sum()), int((differences < 0).sum()), exact)
 
 # %% ../nbs/estimates.ipynb #7c6ed415

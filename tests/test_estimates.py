@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import llmops_ref.estimates as module
 from llmops_ref import quantization
 from llmops_ref.core import BadInputError
-from llmops_ref.estimates import Estimate, bootstrap_interval, estimate, holm, mcnemar, paired_difference
+from llmops_ref.estimates import Estimate, bootstrap_interval, estimate, holm, mcnemar, paired_difference, student_quantile, student_tail
 
 WORLDS = {
     "normal": (lambda generator, n: generator.normal(2.0, 1.0, n), 2.0, 0.90),
@@ -58,12 +58,19 @@ def test_a_rate_has_wilsons_interval(ones, n):
     assert 0 <= found.low <= found.value <= found.high <= 1 and found.high - found.low > 0.1
 
 
-@pytest.mark.parametrize("freedom", [4, 9, 19, 100])
-@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
-def test_students_quantile(freedom, level):
+@pytest.mark.parametrize("freedom", [1, 2.5, 4, 7.3, 19, 400, 1e6])
+@pytest.mark.parametrize("chance", [0.2, 0.5, 0.6, 0.975, 0.9999])
+def test_students_quantile_and_tail(freedom, chance):
     scipy_stats = pytest.importorskip("scipy.stats")
-    p = (1 + level) / 2
-    assert module._student(scipy_stats.norm.ppf(p), freedom) == pytest.approx(scipy_stats.t.ppf(p, freedom), rel=0.01)
+    expected = scipy_stats.t.ppf(chance, freedom)
+    assert student_quantile(chance, freedom) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+    assert student_tail(expected, freedom) == pytest.approx(1 - chance, rel=1e-6)
+
+
+@pytest.mark.parametrize(("chance", "freedom"), [(0.0, 5), (1.0, 5), (0.5, 0), (0.5, -1), (0.5, math.inf), (math.nan, 5)])
+def test_a_quantile_that_does_not_exist_is_refused(chance, freedom):
+    with pytest.raises(BadInputError):
+        student_quantile(chance, freedom)
 
 
 @settings(deadline=None, max_examples=30)
