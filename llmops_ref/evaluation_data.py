@@ -10,21 +10,30 @@ import difflib
 import json
 import math
 import os
+import queue
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from .core import BadInputError, atomic_path, require
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from . import __version__
+from .access import AllGroups, check_groups
+from .core import BadInputError, LlmopsRefError, atomic_path, require
 
 if TYPE_CHECKING:
     from llmops_ref.scores import Value
 
 # %% auto #0
-__all__ = ['DatasetFormatError', 'RowError', 'EvaluationRow', 'EvaluationDataset', 'Claim', 'LabelledClaim', 'Judge',
-           'load_labelled']
+__all__ = ['MAX_ROW_BYTES', 'DatasetFormatError', 'RowError', 'EvaluationRow', 'EvaluationDataset', 'RunFileError',
+           'RunLockedError', 'Answerer', 'rag_settings', 'run_rag', 'Claim', 'LabelledClaim', 'Judge', 'load_labelled']
 
 # %% ../nbs/evaluation_data.ipynb #e5955f32
 class DatasetFormatError(BadInputError):
@@ -43,7 +52,7 @@ class DatasetFormatError(BadInputError):
         super().__init__(f"{place}: {problem}" if place else problem, remedy)
         self.what, self.file, self.line, self.field = problem, file, line, field
 
-    def __reduce__(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.what, self.remedy, self.file, self.line, self.field)
 
     def at(self, file: str, line: int | None) -> DatasetFormatError:
@@ -53,6 +62,8 @@ class DatasetFormatError(BadInputError):
 # %% ../nbs/evaluation_data.ipynb #a4ace44d
 def _kind_of(value: Any) -> str:
     "A value's type in the words of JSON."
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or infinite"
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "an object"}
     return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}")
 
@@ -83,7 +94,7 @@ def _check_texts(field: str, value: Any, *, numbers: bool = False) -> tuple[str,
 def _check_json(field: str, value: Any) -> None:
     "Refuse what JSON cannot hold, at any depth: NaN, infinity, other types."
     if isinstance(value, float) and not math.isfinite(value):
-        raise DatasetFormatError(f"it is {value}, which is no number.", "Leave the field out or write null.", field=field)
+        raise DatasetFormatError(f"it is {_kind_of(value)}.", "Leave the field out or write null.", field=field)
     if isinstance(value, str):
         _check_text(field, value)
     elif isinstance(value, Mapping):
@@ -225,12 +236,31 @@ def _check_metadata(metadata: Any) -> None:
         raise _wrong("metadata.refused", metadata["refused"], "true or false")
 
 # %% ../nbs/evaluation_data.ipynb #cc43cc43
+_ANSWERED = ("response", "retrieved_contexts", "retrieved_context_ids", "error")                             # fields that a system fills
+_ADDED = ("refused", "declined_because", "score", "citations", "usage", "timings_ms", "model")    # and its metadata
+
+
+def _without(plain: Mapping[str, Any], names: Iterable[str], metadata: Iterable[str]) -> dict[str, Any]:
+    "A row's values without some of them."
+    kept = {name: value for name, value in plain.items() if name not in (*names, "metadata")}
+    return {**kept, "metadata": {name: value for name, value in plain.get("metadata", {}).items() if name not in metadata}}
+
+
+def _digest(values: Iterable[Any]) -> str:
+    "SHA-256 of values in their order, whatever the order of names inside them."
+    digest = sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class EvaluationDataset:
     "Rows in RAGAS' schema, each with an id of its own. Raises `DatasetFormatError` for none, and for two with one id."
 
     rows: tuple[EvaluationRow, ...]
     name: str = "dataset"
+    settings: Mapping[str, Any] = field(default_factory=dict)    # of the system that answered, where `run_rag` asked it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -264,21 +294,584 @@ class EvaluationDataset:
     ) -> EvaluationDataset:
         "The rows whose metadata match. Raises `DatasetFormatError` where none does."
         kept = [row for row in self.rows if all(row.metadata.get(name) == value for name, value in wanted.items())]
-        return EvaluationDataset(tuple(kept), f"{self.name} ({', '.join(f'{name}={value}' for name, value in wanted.items())})")
+        return replace(self, rows=tuple(kept), name=f"{self.name} ({', '.join(f'{name}={value}' for name, value in wanted.items())})")
 
     @cached_property
     def data_hash(self) -> str:
         "SHA-256 of the rows in their order; timings do not count."
-        digest = sha256()
-        for row in self.rows:
-            plain = row.to_dict()
-            plain["metadata"] = {name: value for name, value in row.metadata.items() if name != "timings_ms"}
-            digest.update(json.dumps(plain, sort_keys=True).encode() + b"\n")
-        return digest.hexdigest()
+        return _digest(_without(row.to_dict(), (), ("timings_ms",)) for row in self.rows)
+
+    @cached_property
+    def questions_hash(self) -> str:
+        "SHA-256 of the rows without what a system adds: the same for two systems that were asked the same."
+        return _digest({**_without(row.to_dict(), _ANSWERED, _ADDED), "user_input": row.question} for row in self.rows)
 
     def clusters(self) -> dict[str, str]:
         "For each row's id the document that it shares its luck with."
         return {row.id: row.document for row in self.rows}
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | os.PathLike[str],    # one JSON object a line, or a finished file of `run_rag`
+        *,
+        needs: Sequence[str] = (),       # fields that every row must have, such as ("reference",)
+    ) -> EvaluationDataset:
+        "Read and check a file. Raises `DatasetFormatError` naming the line and the field."
+        return _read_dataset(Path(path), needs)
+
+    @classmethod
+    def from_pandas(cls, frame: Any, *, name: str = "data frame", needs: Sequence[str] = ()) -> EvaluationDataset:
+        "A `pandas.DataFrame` with a row a question; missing values are left out. Errors count rows from 1."
+        return _from_records(enumerate(map(_plain, frame.to_dict(orient="records")), 1), name, needs)
+
+    @classmethod
+    def from_datasets(cls, dataset: Any, *, name: str = "dataset", needs: Sequence[str] = ()) -> EvaluationDataset:
+        "One split of a Hugging Face `datasets.Dataset`. Errors count rows from 1."
+        if isinstance(dataset, Mapping):
+            raise DatasetFormatError(f"these are {len(dataset)} splits.", f"Give one of them: dataset[{next(iter(dataset), '')!r}].", name)
+        return _from_records(enumerate(map(_plain, dataset), 1), name, needs)
+
+    @classmethod
+    def from_langchain(cls, runs: Iterable[Any], *, name: str = "LangChain runs", references: Mapping[str, str] | None = None) -> EvaluationDataset:
+        """Root runs, from `collect_runs()` or LangSmith's `list_runs` with their children: question, answer, documents, error.
+
+        `references` holds the wanted answer for questions where it is known. Raises `DatasetFormatError` counting runs from 1.
+        """
+        return _from_records(((number, _from_run(run, name, number, references or {})) for number, run in enumerate(runs, 1)), name, ())
+
+    def to_jsonl(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        "Write one JSON object a line, whole or not at all. Raises `BadInputError` where there is a file already."
+        if Path(path).exists() and not overwrite:
+            raise BadInputError(f"There is a file {Path(path).name!r} already.", "Choose another name, or pass overwrite=True.")
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+
+    def to_pandas(self) -> Any:
+        "A `pandas.DataFrame`; `from_pandas` reads it back."
+        return require("pandas", extra="evaluation").DataFrame([row.to_dict() for row in self.rows])
+
+    def to_ragas(self) -> Any:
+        "A `ragas.EvaluationDataset`. Raises `BadInputError` where single questions and conversations are mixed."
+        schema = require("ragas", extra="evaluation").EvaluationDataset
+        if len({isinstance(row.user_input, str) for row in self.rows}) > 1:
+            raise BadInputError("Some rows are questions, others conversations: RAGAS takes one kind.", "Split the data set.")
+        names = ("user_input", "response", "reference", *_LISTS) if isinstance(self.rows[0].user_input, str) else ("user_input", "reference", "reference_tool_calls")
+        return schema.from_list([{name: value for name, value in row.to_dict().items() if name in names} for row in self.rows], name=self.name)
+
+    def _repr_markdown_(self) -> str:
+        failed = sum(row.error is not None for row in self.rows)
+        answered = sum(row.response is not None for row in self.rows)
+        return f"**{self.name}**: {len(self.rows)} rows from {len(set(self.clusters().values()))} documents, {answered} with a response, {failed} failed"
+
+
+def _line(row: EvaluationRow) -> str:
+    "A row as a line of JSON."
+    return json.dumps(row.to_dict(), ensure_ascii=False) + "\n"
+
+# %% ../nbs/evaluation_data.ipynb #3e951611
+MAX_ROW_BYTES = 10_000_000    # of a line: a longer one is no question with its passages, and would fill the memory
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    "The lines of a file that hold something, with their numbers, never more than one in memory."
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_ROW_BYTES + 1):
+                number += 1
+                if len(line) > MAX_ROW_BYTES:
+                    raise DatasetFormatError(f"it is longer than {MAX_ROW_BYTES:,} bytes.", "Split the row, or shorten its texts.", path.name, number)
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DatasetFormatError(f"it cannot be read ({type(error).__name__}).", "Check the name of the file.", path.name) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "An object, unless it uses a name twice: JSON keeps the last value in silence."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DatasetFormatError("it is there twice in one object.", "Keep one.", field=next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _parse(line: bytes, file: str, number: int) -> Any:
+    "The JSON of a line."
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+    except DatasetFormatError as error:
+        raise error.at(file, number) from None
+    except UnicodeDecodeError as error:
+        hint = "The file seems to be UTF-16: save" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "Save"
+        raise DatasetFormatError(f"byte {error.start + 1} is not UTF-8.", f"{hint} it as UTF-8.", file, number) from error
+    except json.JSONDecodeError as error:
+        raise DatasetFormatError(f"it is not JSON: {error.msg} at character {error.pos + 1}.", "Write one JSON object a line.", file, number) from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetFormatError(f"it is not usable JSON: {type(error).__name__}.", "Write numbers and nesting of a sane size.", file, number) from error
+
+# %% ../nbs/evaluation_data.ipynb #afa56bef
+_OLD_NAMES = {
+    "question": "user_input", "answer": "response", "contexts": "retrieved_contexts", "ground_truth": "reference", "ground_truths": "reference",
+    "context_ids": "retrieved_context_ids", "query": "user_input", "input": "user_input", "output": "response", "expected_output": "reference",
+}
+_FIELDS = tuple(item.name for item in fields(EvaluationRow))
+
+
+def _row(record: Any, needs: Sequence[str], fallback: str) -> EvaluationRow:
+    "A row from plain values: names that are none of ours go to the metadata, unless they look like a slip of the pen."
+    if not isinstance(record, Mapping):
+        raise DatasetFormatError(f"it is {_kind_of(record)}, and must be an object.", "Write one JSON object a line.")
+    known: dict[str, Any] = {name: record[name] for name in _FIELDS if record.get(name) is not None}
+    extra = {name: value for name, value in record.items() if name not in _FIELDS}
+    for name in extra:
+        meant = _OLD_NAMES.get(name) or next(iter(difflib.get_close_matches(str(name), _FIELDS, 1, 0.85)), "")
+        if meant and meant not in known:
+            raise DatasetFormatError(f"there is no such field; {meant} is missing.", f"Rename it to {meant}.", field=str(name))
+    for name in ("user_input", *needs):
+        if name not in known:
+            raise DatasetFormatError("it is missing.", "Add it to the row.", field=name)
+    metadata = known.get("metadata", {})
+    if isinstance(metadata, Mapping) and (both := sorted(set(metadata) & set(extra))):
+        raise DatasetFormatError("it stands in the row and in its metadata.", "Keep one.", field=both[0])
+    known["id"] = str(known["id"]) if type(known.get("id")) is int else known.get("id", fallback)
+    if "error" in known:
+        known["error"] = _row_error(known["error"])
+    return EvaluationRow(**{**known, "metadata": {**metadata, **extra} if isinstance(metadata, Mapping) else metadata})
+
+
+def _row_error(value: Any) -> RowError:
+    if not isinstance(value, Mapping) or value.get("kind") not in ("timeout", "upstream"):
+        raise DatasetFormatError("it is no error of a row.", "Write an object with kind (timeout or upstream) and message.", field="error")
+    return RowError(value["kind"], _check_text("error.message", value.get("message", "")))
+
+
+def _from_records(records: Iterable[tuple[int, Any]], file: str, needs: Sequence[str]) -> EvaluationDataset:
+    "Rows with unique ids. Where no row has an id, a digest of its question is one: it stays when rows are moved."
+    rows: dict[str, EvaluationRow] = {}
+    lines: dict[str, int] = {}
+    own: bool | None = None
+    for number, record in records:
+        has = isinstance(record, Mapping) and record.get("id") is not None
+        own = has if own is None else own
+        try:
+            if has != own and isinstance(record, Mapping):
+                raise DatasetFormatError("some rows have one and others do not.", "Give every row an id of its own, or none of them.", field="id")
+            question = record.get("user_input") if isinstance(record, Mapping) else ""
+            row = _row(record, needs, f"q-{sha256(repr(question).encode(errors='replace')).hexdigest()[:12]}")
+            if row.id in rows:
+                what = f"the id {row.id!r} stands in line {lines[row.id]} too." if own else f"line {lines[row.id]} asks the same, and neither has an id."
+                raise DatasetFormatError(what, "Give every row an id of its own.", field="id")
+        except DatasetFormatError as error:
+            raise error.at(file, number) from error
+        rows[row.id], lines[row.id] = row, number
+    if not rows:
+        raise DatasetFormatError("there are no rows in it.", "Give at least one.", file)
+    return EvaluationDataset(tuple(rows.values()), file.removesuffix(".jsonl"))
+
+# %% ../nbs/evaluation_data.ipynb #7d1a2ead
+def _plain(value: Any) -> Any:
+    "Values of pandas, NumPy and Arrow as plain ones; a missing value is None."
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NaTType", "NAType"):
+        return None
+    return value
+
+
+def _read_dataset(path: Path, needs: Sequence[str]) -> EvaluationDataset:
+    "A file of rows; of a run only a finished one."
+    lines = _lines(path)
+    first = next(lines, None)
+    if first is None:
+        raise DatasetFormatError("there are no rows in it.", "Give at least one.", path.name)
+    head = _parse(first[1], path.name, first[0])
+    if isinstance(head, Mapping) and _RUN in head:
+        run = _RunFile.read(path)
+        return run.dataset(run.header["ids"])
+    rest = ((number, _parse(line, path.name, number)) for number, line in lines)
+    return _from_records(_chained((first[0], head), rest), path.name, needs)
+
+
+def _chained(first: tuple[int, Any], rest: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    yield first
+    yield from rest
+
+# %% ../nbs/evaluation_data.ipynb #2ab64442
+def _get(run: Any, name: str) -> Any:
+    "An attribute of a run, or a value of its JSON."
+    return run.get(name) if isinstance(run, Mapping) else getattr(run, name, None)
+
+
+def _message(value: Any) -> dict[str, Any] | None:
+    "A message of LangChain, or its JSON, as RAGAS writes it; None for what is none, and for instructions."
+    value = value.get("kwargs", value) if isinstance(value, Mapping) else value
+    speaker, content = _get(value, "type"), _get(value, "content")
+    if speaker not in _SPEAKERS or content is None:
+        return None
+    text = content if isinstance(content, str) else "".join(str(_get(part, "text") or "") if not isinstance(part, str) else part for part in content)
+    calls = [{"name": _get(call, "name"), "args": _get(call, "args")} for call in _get(value, "tool_calls") or []]
+    return {"type": speaker, "content": text, **({"tool_calls": calls} if calls else {})}
+
+
+def _said(value: Any, names: Sequence[str]) -> str | None:
+    "The text in the inputs or outputs of a run: under one of `names`, or the only one there."
+    if isinstance(value, str):
+        return value
+    if (message := _message(value)) is not None:
+        return str(message["content"])
+    if isinstance(value, (list, tuple)):
+        return next((found for item in reversed(value) if (found := _said(item, names)) is not None), None)
+    if isinstance(value, Mapping):
+        inner = next((value[name] for name in names if value.get(name) is not None), next(iter(value.values())) if len(value) == 1 else None)
+        return None if inner is None else _said(inner, names)
+    text = getattr(value, "text", None)
+    return text if isinstance(text, str) else None
+
+
+def _documents(run: Any) -> list[Any]:
+    "What was retrieved: named in the outputs, else by the retrievers below, in their order."
+    outputs = _get(run, "outputs") or {}
+    named = next((outputs[name] for name in ("context", "source_documents", "documents") if isinstance(outputs.get(name), list)), None)
+    if named is not None:
+        return list(named)
+    return [document for child in _get(run, "child_runs") or [] for document in _documents(child)]
+
+# %% ../nbs/evaluation_data.ipynb #ff988375
+_ASKED, _TOLD = ("question", "input", "query", "user_input", "messages"), ("answer", "output", "result", "response", "text", "content", "messages")
+
+
+def _from_run(run: Any, file: str, number: int, references: Mapping[str, str]) -> dict[str, Any]:
+    "The values of a row from a root run of LangChain."
+    inputs, outputs, failure = _get(run, "inputs") or {}, _get(run, "outputs") or {}, _get(run, "error")
+    talk = outputs.get("messages") if isinstance(outputs, Mapping) else None
+    messages = [message for item in talk if (message := _message(item))] if isinstance(talk, list) else []
+    question, answer = _said(inputs, _ASKED), _said(outputs, _TOLD) if outputs else None
+    for name, found in (("inputs", question), ("outputs", answer if not failure else "")):
+        if found is None:
+            raise DatasetFormatError("there is no text in it.", f"Name it {' or '.join((_ASKED if name == 'inputs' else _TOLD)[:3])}.", file, number, name)
+    record: dict[str, Any] = {"id": str(_get(run, "id") or f"run-{number}"), "user_input": messages or question, "response": answer}
+    if failure:
+        record |= {"response": None, "error": {"kind": "timeout" if "Timeout" in str(failure) else "upstream", "message": str(failure)[:1000]}}
+    documents = _documents(run)
+    if documents:
+        record["retrieved_contexts"] = [_get(item, "page_content") for item in documents]
+        ids = [_get(item, "id") or (_get(item, "metadata") or {}).get("source") for item in documents]
+        record["retrieved_context_ids"] = ids if all(ids) else None
+    if question in references:
+        record["reference"] = references[str(question)]
+    given = (_get(run, "extra") or {}).get("metadata") or {}
+    record["metadata"] = {name: given[name] for name in ("kind", "split", "document", "groups", "expected") if name in given}
+    return record
+
+# %% ../nbs/evaluation_data.ipynb #21904fb2
+class RunFileError(BadInputError):
+    "A file is no run, or a run of other questions or another system: nothing was written to it."
+
+
+class RunLockedError(LlmopsRefError, TimeoutError):
+    "Another process, or another call in this one, is writing the same run."
+
+
+_RUN = "llmops_ref_run"    # the first line of a run's file holds it
+
+
+@dataclass(frozen=True)
+class _RunFile:
+    "A run on disk: a line that says what was asked of whom, then a line for each row that came back, in the order they did."
+
+    path: Path
+    header: Mapping[str, Any]
+    found: Mapping[str, EvaluationRow]    # the last line of each id
+    sound: int                            # bytes up to the end of the last whole line
+    ends: bool                            # whether that line ends with a line feed
+    tidy: bool                            # one line a row, in the order of the questions
+
+    @classmethod
+    def read(cls, path: Path) -> _RunFile:
+        "Read a run; a last line that a crash cut off does not count. Raises `RunFileError`, `DatasetFormatError`."
+        found, sound, ids, header, ends = dict[str, EvaluationRow](), 0, list[str](), dict[str, Any](), True
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    value = _parse(line, path.name, number)
+                    if number == 1:
+                        header = cls._header(path, value)
+                    else:
+                        row = _row(value, (), "")
+                        found[row.id] = row
+                        ids.append(row.id)
+                except DatasetFormatError as error:
+                    if number > 1 and not line.endswith(b"\n"):
+                        break
+                    raise RunFileError(str(error.at(path.name, number)), "The run is left as it is.") from error
+                sound, ends = sound + len(line), line.endswith(b"\n")
+        return cls(path, cls._header(path, header), found, sound, ends, ids == header["ids"])
+
+    @staticmethod
+    def _header(path: Path, value: Any) -> dict[str, Any]:
+        "The first line of a run."
+        wanted = {"dataset": str, "questions": str, "ids": list, "settings": dict}
+        if not isinstance(value, dict) or value.get(_RUN) != 1 or not all(isinstance(value.get(name), kind) for name, kind in wanted.items()):
+            raise RunFileError(f"{path.name} is no run of this version.", "Choose another file for the run; this one is left as it is.")
+        return value
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any]) -> None:
+        "A run without rows; the file is whole or absent."
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def dataset(self, ids: Sequence[str]) -> EvaluationDataset:
+        "The rows in the order of the questions. Raises `DatasetFormatError` where some were not asked yet."
+        missing = [id for id in ids if id not in self.found]
+        if missing:
+            raise DatasetFormatError(f"the run stopped after {len(ids) - len(missing)} of {len(ids)} rows.", "Finish it: call run_rag with the same out=.", self.path.name)
+        return EvaluationDataset(tuple(self.found[id] for id in ids), str(self.header["dataset"]), self.header["settings"])
+
+    def check(self, header: Mapping[str, Any]) -> None:
+        "Refuse a run of other questions or another system. Raises `RunFileError` naming what differs."
+        ours, theirs = ({**found["settings"], "questions": found["questions"]} for found in (header, self.header))
+        differ = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        if differ:
+            shown = "; ".join(f"{name} was {str(theirs.get(name))[:60]}, now {str(ours.get(name))[:60]}" for name in differ)
+            raise RunFileError(f"{self.path.name} holds another run: {shown}.", "Choose another file for this run, or restore the settings.")
+
+    def tidied(self) -> None:
+        "Put the lines into the order of the questions, each once."
+        if not self.tidy:
+            with atomic_path(self.path) as temporary:
+                rows = "".join(_line(self.found[id]) for id in self.header["ids"])
+                temporary.write_text(json.dumps(self.header, ensure_ascii=False) + "\n" + rows, encoding="utf-8")
+
+# %% ../nbs/evaluation_data.ipynb #01c3db02
+class Answerer(Protocol):
+    "What `run_rag` can ask: `llmops_ref.rag.RAG`, or anything that returns an `Answer`. `groups` is passed where a row names any."
+
+    def ask(self, question: str, **wishes: Any) -> Any: ...
+
+
+def _stable(value: Any) -> Any:
+    "A value as JSON that says the same in every process: of a function its name, of an object its fields."
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _stable(item) for name, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
+    if isinstance(value, (list, tuple)):
+        return [_stable(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__qualname__: {item.name: _stable(getattr(value, item.name)) for item in fields(value)}}
+    own = getattr(value, "__qualname__", None)
+    return own if own else {type(value).__qualname__: _stable(getattr(value, "calibration", None))}
+
+
+def rag_settings(
+    rag: Answerer,
+) -> dict[str, Any]:    # plain types
+    "What decides the answers of a RAG system, as far as it can be read: its models, its parameters, and what it has indexed."
+    names = ("model_name", "k", "budget", "sentences", "threshold", "options", "decline", "retrieval")
+    found = {name: _stable(getattr(rag, name)) for name in names if hasattr(rag, name)}
+    for name in ("decline", "retrieval"):    # long: a digest tells two of them apart
+        if isinstance(found.get(name), dict):
+            found[name] = f"{next(iter(found[name]))} {_digest([found[name]])[:12]}"
+    return {"system": type(rag).__name__, "library": __version__, **found, **_indexed(getattr(rag, "knowledge_base", None))}
+
+
+def _indexed(base: Any) -> dict[str, Any]:
+    "The embedding model of a knowledge base, and a digest of the documents in it with their readers, wherever they lie."
+    from llmops_ref.knowledge_base import KnowledgeBase
+
+    if not isinstance(base, KnowledgeBase):
+        return {}
+    snapshot = base._ask(lambda store: store.snapshot)
+    held = [snapshot.documents[number] for number in set(snapshot.document.tolist())]
+    facts = sorted([str(item["source"]), str(item["fingerprint"]), str(item["readers"])] for item in held)
+    return {"embedding_model": base.embedding_model, "index": f"{len(facts)} documents {_digest(facts)[:12]}"}
+
+# %% ../nbs/evaluation_data.ipynb #ae5db364
+def _answered(rag: Answerer, row: EvaluationRow, groups: Iterable[str] | AllGroups | None) -> EvaluationRow:
+    "The row with what the system made of it; what it added before is dropped."
+    from llmops_ref.retrieval_bench import places
+
+    own = row.metadata.get("groups")
+    wishes = {"groups": own if own is not None else groups} if own is not None or groups is not None else {}
+    answer = rag.ask(row.question, **wishes)
+    added = {
+        "refused": bool(answer.refused), "declined_because": answer.declined_because, "score": answer.score, "usage": dict(answer.usage),
+        "citations": [{"quote": item.quote, "place": item.place} for item in answer.citations], "timings_ms": dict(answer.timings_ms), "model": answer.model,
+    }
+    kept = _without({"metadata": row.metadata}, (), _ADDED)["metadata"]
+    return replace(
+        row, response=answer.text, retrieved_contexts=tuple(f"{item.header}\n{item.text}" if item.header else item.text for item in answer.passages),
+        retrieved_context_ids=tuple(places(item)[0] for item in answer.passages), error=None, metadata={**kept, **added},
+    )
+
+
+def _failed(row: EvaluationRow, error: BaseException) -> EvaluationRow:
+    "The row with its error."
+    name = type(error).__name__
+    kind: Literal["timeout", "upstream"] = "timeout" if isinstance(error, TimeoutError) or "Timeout" in name else "upstream"
+    text = f"{name}: {error}"[:1000].encode(errors="replace").decode()
+    kept = _without({"metadata": row.metadata}, (), _ADDED)["metadata"]
+    return replace(row, response=None, retrieved_contexts=None, retrieved_context_ids=None, error=RowError(kind, text), metadata=kept)
+
+# %% ../nbs/evaluation_data.ipynb #00ca032e
+class _Work:
+    "Rows asked in threads of their own, so that one that hangs holds up nobody; what comes back is recorded by one thread."
+
+    def __init__(self, ask: Callable[[EvaluationRow], EvaluationRow], rows: Iterable[EvaluationRow], workers: int, timeout: float | None) -> None:
+        self.ask, self.pending, self.workers, self.timeout = ask, deque(rows), workers, timeout
+        self.running: dict[str, tuple[EvaluationRow, float]] = {}    # by id: the row, and when its time is over
+        self.finished: queue.SimpleQueue[EvaluationRow] = queue.SimpleQueue()
+        self.stop, self.abandon = threading.Event(), threading.Event()
+
+    def _run(self, row: EvaluationRow) -> None:
+        try:
+            self.finished.put(self.ask(row))
+        except Exception as error:
+            self.finished.put(_failed(row, error))
+
+    def results(self) -> Iterator[EvaluationRow]:
+        "Rows as they come back. After `stop` no new ones are begun; after `abandon` none is waited for."
+        while (self.running or (self.pending and not self.stop.is_set())) and not self.abandon.is_set():
+            while self.pending and len(self.running) < self.workers and not self.stop.is_set():
+                row = self.pending.popleft()
+                self.running[row.id] = row, time.monotonic() + (self.timeout or math.inf)
+                threading.Thread(target=self._run, args=(row,), daemon=True).start()
+            late = [(row, end) for row, end in self.running.values() if end <= time.monotonic()]
+            for row, _ in late:
+                del self.running[row.id]
+                yield _failed(row, TimeoutError(f"no answer within {self.timeout:g} s"))
+            try:
+                row = self.finished.get(timeout=max(0.01, min([0.2, *(end - time.monotonic() for _, end in self.running.values())])))
+            except queue.Empty:
+                continue
+            if self.running.pop(row.id, None):    # what comes after its time is dropped
+                yield row
+
+# %% ../nbs/evaluation_data.ipynb #807c0be7
+class _Recorder(threading.Thread):
+    "Writes a run: the only thread that does, so that Ctrl-C, which Python raises in the main thread, cannot cut a line."
+
+    def __init__(self, work: Callable[[Iterable[EvaluationRow]], _Work], header: Mapping[str, Any], rows: Sequence[EvaluationRow],
+                 out: Path | None, retry_errors: bool, progress: bool) -> None:
+        super().__init__(daemon=True)
+        self.make, self.header, self.rows, self.out, self.retry, self.progress = work, header, rows, out, retry_errors, progress
+        self.work: _Work | None = None
+        self.found: dict[str, EvaluationRow] = {}
+        self.failure: BaseException | None = None
+        self.done, self.stop, self.abandon = threading.Event(), threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        try:
+            if self.out is None:
+                self._ask(None)
+            else:
+                with _only_writer(self.out):
+                    self._resume(self.out)
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.done.set()
+
+    def _resume(self, out: Path) -> None:
+        "Go on where the file ends, or begin it."
+        if not out.exists():
+            _RunFile.create(out, self.header)
+        run = _RunFile.read(out)
+        run.check(self.header)
+        self.found = {id: row for id, row in run.found.items() if row.error is None or not self.retry}
+        if len(self.found) < len(self.rows):
+            with out.open("rb+") as file:
+                file.truncate(run.sound)    # a line that a crash cut off
+                file.seek(0, os.SEEK_END)
+                file.write(b"" if run.ends else b"\n")
+                self._ask(file)
+        if len(self.found) == len(self.rows):
+            _RunFile.read(out).tidied()
+
+    def _ask(self, file: Any) -> None:
+        "Ask what is left; each row is on the disk before the next is taken."
+        self.work = self.make([row for row in self.rows if row.id not in self.found])
+        self.work.stop, self.work.abandon = self.stop, self.abandon
+        with tqdm(total=len(self.rows), initial=len(self.found), desc=str(self.header["dataset"]), unit="row", disable=not self.progress) as bar:
+            for row in self.work.results():
+                if file is not None:
+                    file.write(_line(row).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.found[row.id] = row
+                bar.set_postfix(errors=sum(item.error is not None for item in self.found.values()))
+                bar.update()
+
+# %% ../nbs/evaluation_data.ipynb #5ba3e085
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    "Hold the lock beside a run. Raises `RunLockedError` where somebody else does; a lock dies with its process."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunLockedError(f"Somebody else is writing {out.name}.", "Wait until that run has ended, or choose another file.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_rag(
+    rag: Answerer,                                        # such as `RAG`
+    dataset: EvaluationDataset,                           # questions; what another system answered is replaced
+    *,
+    out: str | os.PathLike[str] | None = None,            # JSONL that is written row by row; the next call goes on there. None: in memory
+    workers: int = 2,                                     # rows at a time
+    timeout: float | None = None,                         # seconds a row; None: as long as it takes
+    groups: Iterable[str] | AllGroups | None = None,      # of the asker, for rows whose metadata name none
+    retry_errors: bool = False,                           # ask again where `out` holds an error
+    progress: bool = True,                                # a bar
+) -> EvaluationDataset:                                   # in the order of `dataset`
+    """Ask a RAG system every question; a row that fails keeps its error.
+
+    With `out`, a row that has come back is on the disk and is never asked again, whatever happens to the process: call once more
+    with the same `out`. Ctrl-C waits for the rows being answered; a second one does not. Raises `RunFileError` for a file of
+    other questions or another system, `RunLockedError` while somebody else writes it, and `BadInputError`.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= 256:
+        raise BadInputError(f"workers is {workers!r}.", "Use a whole number from 1 to 256.")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+        raise BadInputError(f"timeout is {timeout!r}.", "Use a number of seconds above 0, or None.")
+    names = groups if groups is None or isinstance(groups, AllGroups) else sorted(cast("frozenset[str]", check_groups(groups)))
+    settings = {**rag_settings(rag), "groups": names.value if isinstance(names, AllGroups) else names}
+    header = {_RUN: 1, "dataset": dataset.name, "questions": dataset.questions_hash, "ids": [row.id for row in dataset.rows], "settings": settings}
+    recorder = _Recorder(lambda rows: _Work(lambda row: _answered(rag, row, names), rows, workers, timeout), header, dataset.rows,
+                         None if out is None else Path(out), retry_errors, progress)
+    _follow(recorder)
+    return EvaluationDataset(tuple(recorder.found[row.id] for row in dataset.rows), dataset.name, settings)
+
+
+def _follow(recorder: _Recorder) -> None:
+    "Run to the end. At the first Ctrl-C finish the rows being answered, at the second leave them."
+    recorder.start()
+    interrupt: KeyboardInterrupt | None = None
+    while not recorder.done.is_set():
+        try:
+            recorder.done.wait(0.2)    # a signal that another thread took wakes nobody
+        except KeyboardInterrupt as error:
+            (recorder.stop if interrupt is None else recorder.abandon).set()
+            interrupt = error
+    if recorder.failure is not None:
+        raise recorder.failure
+    if interrupt is not None:
+        raise interrupt
 
 # %% ../nbs/evaluation_data.ipynb #c97a7208
 @dataclass(frozen=True)
@@ -299,6 +892,7 @@ class LabelledClaim:
     label: bool            # True: the passages support the claim
     cluster: str           # claims of one text share their luck
     annotator: str = ""
+    samples: tuple[str, ...] = ()    # other answers of the same model to the same question, where the file holds any
 
 
 class Judge(Protocol):
@@ -323,4 +917,50 @@ def load_labelled(
     sentence; the reference is the passage, the line is the cluster. A claim a line, as the labelling widget writes them:
     `{"id", "text", "passages", "question", "label", "cluster", "annotator"}`.
     """
-    raise NotImplementedError
+    found: list[LabelledClaim] = []
+    seen: set[str] = set()
+    for number, line in _lines(Path(path)):
+        record = _parse(line, Path(path).name, number)
+        try:
+            for item in _labelled(record):
+                if item.id in seen:
+                    raise DatasetFormatError(f"the id {item.id!r} is used twice.", "Give every line an id of its own.", field="id")
+                seen.add(item.id)
+                found.append(item)
+        except DatasetFormatError as error:
+            raise error.at(Path(path).name, number) from error
+    if not found:
+        raise DatasetFormatError("there are no claims in it.", "Label at least one.", Path(path).name)
+    return found
+
+
+_LABELS = {"accurate": True, "minor_inaccurate": False, "major_inaccurate": False, "true": True, "false": False, "1": True, "0": False}
+
+
+def _label(field: str, value: Any) -> bool:
+    found = _LABELS.get(str(int(value) if value in (0, 1) and not isinstance(value, str) else value).lower()) if isinstance(value, (str, int, float)) else None
+    if found is None:
+        raise DatasetFormatError(f"it is {value!r}." if isinstance(value, str) else f"it is {_kind_of(value)}.", f"Use one of {', '.join(_LABELS)}.", field=field)
+    return found
+
+
+def _labelled(record: Any) -> Iterator[LabelledClaim]:
+    "The claims of one line, in either schema."
+    if not isinstance(record, Mapping):
+        raise DatasetFormatError(f"it is {_kind_of(record)}, and must be an object.", "Write one JSON object a line.")
+    needs = ("id", "text", "passages", "label") if "text" in record else ("id", "reference", "sentences", "labels")
+    for name in needs:
+        if record.get(name) is None:
+            raise DatasetFormatError("it is missing.", "Add it.", field=name)
+    id = str(record["id"]) if type(record["id"]) is int else _check_text("id", record["id"])
+    annotator = _check_text("annotator", record.get("annotator") or "")
+    if "text" in record:
+        claim = Claim(_check_text("text", record["text"]), _check_texts("passages", record["passages"]), _check_text("question", record.get("question") or ""))
+        yield LabelledClaim(id, claim, _label("label", record["label"]), _check_text("cluster", record.get("cluster") or id), annotator)
+        return
+    reference, texts, labels = _check_text("reference", record["reference"]), _check_texts("sentences", record["sentences"]), record["labels"]
+    if not isinstance(labels, list) or len(labels) != len(texts):
+        raise DatasetFormatError(f"it does not hold {len(texts)} labels, one for each sentence.", "Label every sentence.", field="labels")
+    samples = _check_texts("samples", record.get("samples") or [])
+    for place, (sentence, label) in enumerate(zip(texts, labels, strict=True)):
+        yield LabelledClaim(f"{id}#{place}", Claim(sentence, (reference,)), _label(f"labels[{place}]", label), id, annotator, samples)
