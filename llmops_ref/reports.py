@@ -30,7 +30,7 @@ __all__ = ['REPORT_SCHEMA', 'ReportError', 'Reported', 'report_data', 'report_ht
 # %% ../nbs/reports.ipynb #7ee7d0cd
 REPORT_SCHEMA = 1    # of report.json: raised when a name in it changes its meaning
 _LONGEST = {"question": 1_000, "response": 4_000, "reference": 2_000, "passage": 1_500, "detail": 300}    # characters of a text in a report
-_MOST_PASSAGES = 8
+_MOST_PASSAGES, _MOST_SLICES = 8, 12
 
 
 class ReportError(BadInputError):
@@ -74,7 +74,7 @@ class Reported(Evaluated, Protocol):
     @property
     def environment(self) -> Mapping[str, Any]: ...                       # device, versions, date
     def slices(self, by: str, metric: str) -> Iterable[Any]: ...          # each with a name and a score
-    def attribution(self) -> Any: ...                                     # rows by what went wrong
+    def attribution(self) -> Any: ...                                     # with `counts`: rows by what became of them
 
 
 def _value(value: Value | None) -> Any:
@@ -99,7 +99,7 @@ def _metric(evaluation: Reported, name: str, level: float) -> dict[str, Any]:
     counts = [0] * 10
     for number in numbers:
         counts[min(int(10 * (number - low) / (high - low)), 9)] += 1
-    plain = {"name": name, "judge": facts.judge, "higher_is_better": facts.higher_is_better, "rows": len(values)}
+    plain = {"name": _clean(name), "judge": facts.judge and _clean(facts.judge), "higher_is_better": facts.higher_is_better, "rows": len(values)}
     return plain | {"score": _plain(found), "range": [low, high], "histogram": counts}
 
 
@@ -108,7 +108,7 @@ def _judge(evaluation: Reported, name: str, result: GateResult | None) -> dict[s
     check = next((check for check in result.checks if (check.kind, check.of) == ("judge", name)), None) if result else None
     identity, card = evaluation.judges.get(name), evaluation.cards.get(name)
     plain = {key: getattr(identity, key, None) for key in ("model", "prompt_hash")}
-    return {"name": name, **plain, "card": _plain(card), "verdict": check and check.verdict, "reason": check and check.reason}
+    return {"name": _clean(name), **_plain(plain), "card": _plain(card), "verdict": check and check.verdict, "reason": check and check.reason}
 
 
 def _worst(evaluation: Reported, metric: str, rows: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _worst(evaluation: Reported, metric: str, rows: Mapping[str, Any], n: int) -
     worth = {row: -math.inf if number is None else sign * number for row, number in numbers.items()}
     best = max(worth.values(), default=0.0)
     order = sorted((row for row in worth if worth[row] < best or numbers[row] is None), key=lambda row: (worth[row], row))
-    return {"metric": metric, "rows": order[:n]}
+    return {"metric": _clean(metric), "rows": order[:n]}
 
 
 def _row(evaluation: Reported, row: Any) -> dict[str, Any]:
@@ -130,8 +130,25 @@ def _row(evaluation: Reported, row: Any) -> dict[str, Any]:
         "response": _cut(row.response, "response"), "reference": _cut(row.reference, "reference"),
         "error": error and _cut(f"{error.kind}: {error.message}", "detail"),
         "passages": passages[:_MOST_PASSAGES], "passages_in_all": len(passages),
-        "values": {metric: _value(evaluation.values(metric)[row.id]) for metric in evaluation.metrics if row.id in evaluation.values(metric)},
+        "values": {_clean(metric): _value(evaluation.values(metric)[row.id]) for metric in evaluation.metrics if row.id in evaluation.values(metric)},
     }  # fmt: skip
+
+
+def _slices(evaluation: Reported, by: str, metric: str) -> list[dict[str, Any]]:
+    "The slices of a metric, the worst first; none where the rows say nothing of what they are cut by."
+    try:
+        found = list(evaluation.slices(by, metric))
+    except BadInputError:
+        return []
+    return [{"name": _clean(one.name), "score": _plain(one.score)} for one in found]
+
+
+def _attribution(evaluation: Reported) -> dict[str, int] | None:
+    "Rows by what became of them; None where no metric tells."
+    try:
+        return {_clean(cause): count for cause, count in evaluation.attribution().counts.items()}
+    except BadInputError:
+        return None
 
 # %% ../nbs/reports.ipynb #8b442271
 def report_data(
@@ -156,13 +173,9 @@ def report_data(
         "gate": _plain(result),
         "metrics": [_metric(evaluation, name, level) for name in evaluation.metrics],
         "judges": [_judge(evaluation, name, result) for name in judges],
-        "slices": [
-            {"by": by, "metric": metric, "slices": [{"name": _clean(one.name), "score": _plain(one.score)} for one in evaluation.slices(by, metric)]}
-            for by in slices
-            for metric in evaluation.metrics
-        ],
-        "attribution": _plain(evaluation.attribution()),
-        "worst": found,
+        "slices": [{"by": by, "metric": _clean(metric), "slices": _slices(evaluation, by, metric)} for by in slices for metric in evaluation.metrics],
+        "attribution": _attribution(evaluation),
+        "worst": [one | {"rows": list(map(_clean, one["rows"]))} for one in found],
         "rows": {_clean(row): _row(evaluation, rows[row]) for row in shown},
         "environment": _plain(evaluation.environment),
     }  # fmt: skip
@@ -360,22 +373,21 @@ def _slices_section(data: Mapping[str, Any]) -> _Html:
     for by in dict.fromkeys(one["by"] for one in data["slices"]):
         rows = [
             (one["metric"], part["name"], _bar(found, *ranges[one["metric"]]), _interval(found), found["n"], found["failures"])
-            for one in data["slices"] if one["by"] == by
-            for part in one["slices"] if (found := part["score"] and (part["score"]["as_misses"] or part["score"]))
+            for one in data["slices"] if one["by"] == by and len(one["slices"]) > 1
+            for part in one["slices"][:_MOST_SLICES] if (found := part["score"] and (part["score"]["as_misses"] or part["score"]))
         ]  # fmt: skip
         if rows:
             heads = ("metric", by, "interval", "score", "n", "failures")
-            parts.append(_element("details", _element("summary", f"By {by}"), _table(heads, rows, "Intervals are corrected for the number of slices.")))
+            parts.append(_element("details", _element("summary", f"By {by}"), _table(heads, rows, f"The worst first, at most {_MOST_SLICES} a metric, failures as misses. The intervals of a table hold together: they are corrected for the number of slices.")))
     return _element("section", _element("h2", "Where it is weak"), *parts) if parts else _Html("")
 
 # %% ../nbs/reports.ipynb #f273caf2
 def _attribution_section(data: Mapping[str, Any]) -> _Html:
-    found = data["attribution"]
-    counts = {name: value for name, value in (found or {}).items() if isinstance(value, int)} if isinstance(found, dict) else {}
+    counts = data["attribution"]
     if not counts:
         return _Html("")
     total = sum(counts.values()) or 1
-    rows = [(name.replace("_", " "), count, f"{count / total:.0%}") for name, count in counts.items()]
+    rows = [(name, count, f"{count / total:.0%}") for name, count in counts.items()]
     return _element("section", _element("h2", "What went wrong where"), _table(("outcome", "rows", "share"), rows, "Each row once."))
 
 
