@@ -321,7 +321,7 @@ def _settled(found: Score, limit: float) -> str:
 def _place(found: Score, limit: float, verdict: GateVerdict, what: str, higher_is_better: bool) -> str:
     "One sentence: the score, its interval, and where the limit lies."
     bad = "below" if higher_is_better else "above"
-    where = {"pass": f"nowhere {bad} the {what}", "fail": f"wholly {bad} the {what}", "inconclusive": f"inside lies the {what}"}[verdict]
+    where = {"pass": f"nowhere {bad} the {what}", "fail": f"wholly {bad} the {what}", "inconclusive": f"on either side of the {what}"}[verdict]
     text = f"{_shown(found.estimate)} ({_shown(found.ci_low)} to {_shown(found.ci_high)}), n = {found.n}: {where} {_shown(limit)}"
     return text + (f"; {_settled(found, limit)}" if verdict == "inconclusive" else "")
 
@@ -453,7 +453,7 @@ def _margin_check(gate: Gate, evaluation: Evaluated, found: Comparison) -> Check
     if verdict == "fail" and found.p_adjusted > 1 - gate.level:
         verdict, text = "inconclusive", f"{text}: worse by more than {_shown(margin)}, but not after the correction for several metrics (p = {found.p_adjusted:.3f})"
     else:
-        where = {"pass": "no worse than", "fail": "worse by more than", "inconclusive": "inside lies"}[verdict]
+        where = {"pass": "no worse than", "fail": "worse by more than", "inconclusive": "perhaps worse than"}[verdict]
         text = f"{text}: {where} the margin {_shown(margin)}" + (f"; {found.n_needed:,} rows would find it" if verdict == "inconclusive" and found.n_needed else "")
     if verdict == "pass" and (found.n < gate.min_n or (found.failures_a and not up)):
         verdict, text = "inconclusive", f"{text}, but {found.failures_a} rows have no value and {found.n} are compared, {gate.min_n} wanted"
