@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from . import __version__
-from .core import BadInputError, atomic_path
+from .core import BadInputError, LlmopsRefError, atomic_path, require
 from llmops_ref.evaluation_data import (
     Claim,
     DatasetFormatError,
@@ -41,17 +42,21 @@ from llmops_ref.evaluation_data import (
     load_labelled,
     run_rag,
 )
-from .metrics import METRICS, LangChainJudge, Metric, as_judge, as_metric, load_metrics, measure
+from .metrics import METRICS, LangChainJudge, Metric, RagasEmbeddings, as_judge, as_metric, load_metrics, measure
 from .release_gate import Check, Gate, GateFileError, GateResult, JudgeRule
 from .reports import write_report
 from .scores import Comparison, Failure, Score, Value, compare, compare_all, score
 
 if TYPE_CHECKING:
+    from langchain_core.embeddings import Embeddings
+    from langchain_core.language_models import BaseChatModel
+
+    from llmops_ref.documents import Passage
     from llmops_ref.judges import JudgeCard, JudgeIdentity
 
 # %% auto #0
-__all__ = ['DEFAULT_METRICS', 'CAUSES', 'MetricInfo', 'evaluate', 'EvaluationFileError', 'Evaluation', 'Slice', 'Slices',
-           'WorstRow', 'WorstRows', 'Attribution']
+__all__ = ['DEFAULT_METRICS', 'CAUSES', 'PERSONAS', 'MetricInfo', 'evaluate', 'EvaluationFileError', 'Evaluation', 'Slice',
+           'Slices', 'WorstRow', 'WorstRows', 'Attribution', 'NoTestsetError', 'generate_testset']
 
 # %% ../nbs/evaluation.ipynb #d81ff3a3
 @dataclass(frozen=True)
@@ -401,7 +406,7 @@ def _by_length(rows: Sequence[EvaluationRow], text: Callable[[EvaluationRow], st
     "Rows in three bands of about equal size, by the number of words of a text."
     words = {row.id: len(value.split()) for row in rows if (value := text(row)) is not None}
     ordered = sorted(words.values())
-    edges = sorted({ordered[len(ordered) // 3], ordered[2 * len(ordered) // 3]}) if ordered else []
+    edges = sorted({ordered[(len(ordered) - 1) // 3], ordered[2 * (len(ordered) - 1) // 3]}) if ordered else []
     names = [f"up to {edges[0]} words", *(f"{low + 1} to {high} words" for low, high in pairwise(edges)), f"more than {edges[-1]} words"] if edges else []
     return {row.id: names[sum(words[row.id] > edge for edge in edges)] if row.id in words else "none" for row in rows}
 
@@ -552,3 +557,74 @@ def _cause(row: EvaluationRow, found: Value | None, right: Value | None, thresho
     if not isinstance(found, float) or not (refused or isinstance(right, float)):
         return "not known"
     return f"{'declined' if refused else 'wrong'}, evidence {'found' if found >= 1 else 'missed'}"
+
+# %% ../nbs/evaluation.ipynb #13f5552c
+class NoTestsetError(LlmopsRefError):
+    "No test set came out: the chat model could not do what RAGAS asked of it."
+
+
+PERSONAS = {
+    "Customer": "Knows the product from daily use, not the firm's own words for it; asks short questions with one purpose.",
+    "New employee": "Answers customers' questions and looks up rules, limits and exceptions.",
+}
+
+
+def generate_testset(
+    passages: Sequence[Passage],                          # what to ask about, such as those of a search
+    chat_model: BaseChatModel | str,                      # a capable one, or its spec: the embedded model cannot do this
+    size: int = 10,                                       # questions
+    *,
+    embeddings: Embeddings | str | None = None,           # finds passages that belong together; None: the embedded ones
+    personas: Mapping[str, str] | None = None,            # who asks: names and what they want; None: `PERSONAS`
+    cache: str | os.PathLike[str] | None = None,          # folder for the model's replies
+    name: str = "generated",
+) -> EvaluationDataset:                                   # with a reference and the ids of its passages; to be read before it is used
+    """Let RAGAS write questions with answers from passages: some on one passage, some across several where it sees a link.
+
+    Raises `NoTestsetError` where the model cannot fill in RAGAS' forms, and `BadInputError`.
+    """
+    if not passages or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise BadInputError(f"{len(passages)} passages for {size!r} questions.", "Give passages, and ask for at least 1 question.")
+    judge = LangChainJudge(chat_model, cache=cache)
+    if "smollm2-135m" in judge.model.lower():
+        raise NoTestsetError(f"{judge.model} is too small to write questions: it cannot fill in RAGAS' forms.", "Configure a capable model, such as openai:MODEL with OPENAI_BASE_URL.")
+    vectors = RagasEmbeddings(embeddings)
+    with ThreadPoolExecutor(1) as beside:    # RAGAS starts event loops, which Jupyter's own thread does not allow
+        try:
+            samples = beside.submit(_ask_ragas, passages, judge, vectors, size, personas or PERSONAS).result()
+        except Exception as error:
+            raise NoTestsetError(f"{judge.model} gave no test set: {type(error).__name__}: {str(error)[:200]}", "Use a stronger model, or more and longer passages.") from error
+    rows = {row.id: row for sample in samples if (row := _generated(sample, passages, judge.model)) is not None}
+    if not rows:
+        raise NoTestsetError(f"{judge.model} wrote no question that has an answer.", "Use a stronger model, or more and longer passages.")
+    return EvaluationDataset(tuple(rows.values()), name)
+
+
+def _ask_ragas(passages: Sequence[Passage], judge: LangChainJudge, vectors: RagasEmbeddings, size: int, personas: Mapping[str, str]) -> list[Any]:
+    "RAGAS' samples. Its token counter is replaced: it would fetch a vocabulary from the network."
+    transforms = require("ragas.testset.transforms", extra="evaluation").default_transforms_for_prechunked(judge, vectors)
+    counter = type("Counter", (require("ragas.tokenizers", extra="evaluation").BaseTokenizer,), {
+        "encode": lambda self, text: list(text.encode()), "decode": lambda self, tokens: bytes(tokens).decode(errors="ignore")})()
+    for step in transforms:
+        for part in getattr(step, "transformations", [step]):
+            if hasattr(part, "tokenizer"):
+                part.tokenizer, part.max_token_limit = counter, 4 * part.max_token_limit    # bytes
+    testset = require("ragas.testset", extra="evaluation")
+    persona = require("ragas.testset.persona", extra="evaluation").Persona
+    generator = testset.TestsetGenerator(judge, vectors, persona_list=[persona(name=who, role_description=what) for who, what in personas.items()])
+    document = require("langchain_core.documents", extra="evaluation").Document
+    return list(generator.generate_with_chunks([document(page_content=item.text) for item in passages], size, transforms=transforms).samples)
+
+
+def _generated(sample: Any, passages: Sequence[Passage], model: str) -> EvaluationRow | None:
+    "A row from a sample of RAGAS; None where it holds no question or no answer."
+    from llmops_ref.retrieval_bench import places
+
+    one = sample.eval_sample
+    if not (one.user_input or "").strip() or not (one.reference or "").strip():
+        return None
+    texts = [re.sub(r"^<\d+-hop>\s*", "", text) for text in one.reference_contexts or []]
+    ids = [place for text in texts for item in passages if item.text == text for place in places(item)]
+    id = f"g-{sha256(one.user_input.encode()).hexdigest()[:12]}"
+    metadata = {"kind": sample.synthesizer_name.removesuffix("_query_synthesizer"), "expected": "answer", "written_by": model}
+    return EvaluationRow(id, one.user_input, reference=one.reference, reference_contexts=tuple(texts), reference_context_ids=tuple(dict.fromkeys(ids)), metadata=metadata)
