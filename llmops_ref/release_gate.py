@@ -366,14 +366,14 @@ def _rows_check(gate: Gate, evaluation: Evaluated, metric: str) -> Check:
 # %% ../nbs/release_gate.ipynb #c43371aa
 def _judge_check(gate: Gate, evaluation: Evaluated, judge: str, cards: Mapping[str, JudgeCard], today: date) -> Check:
     "Whether the judge's card allows to rely on it: there, fresh, of this model and prompt, and in agreement with people."
-    rule, card, identity = gate.judge, cards.get(judge), evaluation.judges.get(judge)
+    rule, card, which = gate.judge, cards.get(judge), evaluation.judges.get(judge)
     if card is None:
         return Check("judge", judge, "fail", "it has no card, so nobody knows how far it agrees with people: llmops-ref judge calibrate LABELLED --out card.json", rule.kappa)
-    if identity is None:
+    if which is None:
         return Check("judge", judge, "fail", "the evaluation does not say which model and prompt judged, so no card can be matched", rule.kappa, card.kappa)
-    problems = card.problems(identity, min_kappa=0, max_age_days=rule.max_age_days, max_failures=rule.max_failure_rate, today=today, data_hash=rule.data_hash)
+    problems = card.problems(which, min_kappa=0, max_age_days=rule.max_age_days, max_failures=rule.max_failure_rate, today=today, data_hash=rule.data_hash)
     kappa = card.kappa.as_misses or card.kappa
-    if kappa.estimate < rule.kappa:
+    if kappa.estimate < rule.kappa and kappa.ci_low > 0:    # below that it is among the problems
         problems.append(f"kappa is {kappa:.2f}, and {rule.kappa:g} is wanted")
     if card.judge != judge:
         problems = [f"the card is that of {card.judge!r}", *problems]
