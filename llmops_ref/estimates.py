@@ -16,8 +16,8 @@ import numpy as np
 from .core import BadInputError
 
 # %% auto #0
-__all__ = ['Estimate', 'bootstrap_interval', 'student_tail', 'student_quantile', 'estimate', 'PairedDifference', 'sign_flip',
-           'paired_difference', 'mcnemar', 'holm']
+__all__ = ['Estimate', 'bootstrap_interval', 'student_tail', 'student_quantile', 'wilson_bounds', 'estimate', 'PairedDifference',
+           'sign_flip', 'paired_difference', 'mcnemar', 'holm']
 
 # %% ../nbs/estimates.ipynb #ba13b6cb
 @dataclass(frozen=True)
@@ -125,12 +125,21 @@ def _mean(numbers: np.ndarray, level: float) -> Estimate:
     return bootstrap_interval(lambda times: times @ numbers / n, n, 4000, level=min(wide, 1 - 1e-12))
 
 
+def wilson_bounds(
+    rate: float,        # share of ones, in [0, 1]
+    rows: float,        # that it rests on; an effective number need not be whole
+    quantile: float,    # standard errors to either side, such as 1.96
+) -> tuple[float, float]:
+    "Wilson's score interval (J. Amer. Statist. Assoc. 22, 1927)."
+    centre, square = rate + quantile**2 / (2 * rows), 1 + quantile**2 / rows
+    half = quantile * math.sqrt(rate * (1 - rate) / rows + quantile**2 / (4 * rows**2))
+    return max((centre - half) / square, 0.0) if rate > 0 else 0.0, min((centre + half) / square, 1.0) if rate < 1 else 1.0
+
+
 def _rate(numbers: np.ndarray, level: float) -> Estimate:
-    "The share of ones with Wilson's score interval (J. Amer. Statist. Assoc. 22, 1927)."
-    n, rate, z = len(numbers), float(numbers.mean()), NormalDist().inv_cdf((1 + level) / 2)
-    centre, half = rate + z**2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    low, high = ((centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    return Estimate(rate, max(low, 0.0) if rate else 0.0, min(high, 1.0) if rate < 1 else 1.0, n)
+    "The share of ones with Wilson's interval."
+    rate = float(numbers.mean())
+    return Estimate(rate, *wilson_bounds(rate, len(numbers), NormalDist().inv_cdf((1 + level) / 2)), len(numbers))
 
 
 def estimate(
