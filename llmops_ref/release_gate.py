@@ -40,11 +40,11 @@ def _wrong(file: str, key: str, problem: str, write: str) -> GateFileError:
     return GateFileError(f"{file}: {key} {problem}.", f"Write {write}.")
 
 
-def _check_number(file: str, key: str, value: Any, above: float, most: float, write: str) -> None:
+def _check_number(file: str, key: str, value: Any, above: float, most: float, write: str, *, whole: bool = False) -> None:
     "Raise unless `value` is a number above one limit and not above another."
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(file, key, f"is {value!r}, which is not a number" + (" but text in quotes" if isinstance(value, str) else ""), write)
-    if not above < value <= most:    # NaN is neither
+    if not above < value <= most or (whole and not isinstance(value, int)):    # NaN is in no range
         raise _wrong(file, key, f"is {value!r}, which cannot be", write)
 
 # %% ../nbs/release_gate.ipynb #9d7868b5
@@ -53,14 +53,14 @@ class JudgeRule:
     "What a judge's card must show before a metric that the judge scored can pass anything: the table [judge]."
 
     kappa: float = 0.6                 # agreement with people beyond chance that the card's whole interval must reach
-    max_age_days: float = 90           # a model behind an endpoint changes without notice
+    max_age_days: int = 90             # a model behind an endpoint changes without notice
     max_failure_rate: float = 0.1      # of claims without a verdict: on the card, and of rows in the evaluation
     data_hash: str | None = None       # the labelled file that the card must rest on; None: any
     allow_constant: bool = False       # let a judge pass that gave every row the same value
 
     def _check(self, file: str) -> None:
         _check_number(file, "judge.kappa", self.kappa, 0, 1, "a number above 0, such as 0.6; a judge that says yes to everything has kappa 0")
-        _check_number(file, "judge.max_age_days", self.max_age_days, 0, 36500, "days above 0, such as 90")
+        _check_number(file, "judge.max_age_days", self.max_age_days, 0, 36500, "whole days from 1, such as 90", whole=True)
         _check_number(file, "judge.max_failure_rate", self.max_failure_rate, 0, 0.5, "a share above 0 and up to 0.5, such as 0.1")
         if self.data_hash is not None and not (isinstance(self.data_hash, str) and self.data_hash):
             raise _wrong(file, "judge.data_hash", f"is {self.data_hash!r}", "the labelled file's hash, as the card has it, in quotes")
@@ -100,10 +100,7 @@ def _check_gate(gate: Gate) -> None:
             _check_number(file, f"{table}.{metric}", limit, above, _MOST, write)
     if gate.max_failure_rate is not None:
         _check_number(file, "max_failure_rate", gate.max_failure_rate, 0, 0.999, "a share above 0 and below 1, such as 0.05: no number of rows can show that none will fail")
-    whole = "a whole number from 2, such as 50"
-    _check_number(file, "min_n", gate.min_n, 1, 10**9, whole)
-    if gate.min_n != int(gate.min_n):
-        raise _wrong(file, "min_n", f"is {gate.min_n!r}", whole)
+    _check_number(file, "min_n", gate.min_n, 1, 10**9, "a whole number from 2, such as 50", whole=True)
     _check_number(file, "baseline.min_shared", gate.min_shared, 0, 1, "a share above 0, such as 0.9; 1 for all rows")
     _check_number(file, "level", gate.level, 0.5, 0.9999, "a share from 0.5 up to 0.9999, such as 0.95")
     gate.judge._check(file)
@@ -321,7 +318,7 @@ def _settled(found: Score, limit: float) -> str:
 def _place(found: Score, limit: float, verdict: GateVerdict, what: str, higher_is_better: bool) -> str:
     "One sentence: the score, its interval, and where the limit lies."
     bad = "below" if higher_is_better else "above"
-    where = {"pass": f"nowhere {bad} the {what}", "fail": f"wholly {bad} the {what}", "inconclusive": f"inside lies the {what}"}[verdict]
+    where = {"pass": f"nowhere {bad} the {what}", "fail": f"wholly {bad} the {what}", "inconclusive": f"on either side of the {what}"}[verdict]
     text = f"{_shown(found.estimate)} ({_shown(found.ci_low)} to {_shown(found.ci_high)}), n = {found.n}: {where} {_shown(limit)}"
     return text + (f"; {_settled(found, limit)}" if verdict == "inconclusive" else "")
 
@@ -369,18 +366,21 @@ def _rows_check(gate: Gate, evaluation: Evaluated, metric: str) -> Check:
 # %% ../nbs/release_gate.ipynb #c43371aa
 def _judge_check(gate: Gate, evaluation: Evaluated, judge: str, cards: Mapping[str, JudgeCard], today: date) -> Check:
     "Whether the judge's card allows to rely on it: there, fresh, of this model and prompt, and in agreement with people."
-    rule, card, identity = gate.judge, cards.get(judge), evaluation.judges.get(judge)
+    rule, card, which = gate.judge, cards.get(judge), evaluation.judges.get(judge)
     if card is None:
         return Check("judge", judge, "fail", "it has no card, so nobody knows how far it agrees with people: llmops-ref judge calibrate LABELLED --out card.json", rule.kappa)
-    if identity is None:
+    if which is None:
         return Check("judge", judge, "fail", "the evaluation does not say which model and prompt judged, so no card can be matched", rule.kappa, card.kappa)
-    problems = card.problems(identity, min_kappa=rule.kappa, max_age_days=rule.max_age_days, max_failures=rule.max_failure_rate, today=today, data_hash=rule.data_hash)
+    problems = card.problems(which, min_kappa=0, max_age_days=rule.max_age_days, max_failures=rule.max_failure_rate, today=today, data_hash=rule.data_hash)
+    kappa = card.kappa.as_misses or card.kappa
+    if kappa.estimate < rule.kappa and kappa.ci_low > 0:    # below that it is among the problems
+        problems.append(f"kappa is {kappa:.2f}, and {rule.kappa:g} is wanted")
     if card.judge != judge:
         problems = [f"the card is that of {card.judge!r}", *problems]
     if problems:
-        return Check("judge", judge, "fail", "; ".join(problems), rule.kappa, card.kappa)
-    verdict: GateVerdict = "pass" if card.kappa.ci_low >= rule.kappa else "inconclusive"
-    return Check("judge", judge, verdict, _place(card.kappa, rule.kappa, verdict, "required kappa", True), rule.kappa, card.kappa)
+        return Check("judge", judge, "fail", "; ".join(problems), rule.kappa, kappa)
+    verdict: GateVerdict = "pass" if kappa.ci_low >= rule.kappa else "inconclusive"
+    return Check("judge", judge, verdict, _place(kappa, rule.kappa, verdict, "wanted kappa", True).replace("rows", "labels"), rule.kappa, kappa)
 
 
 def _constant(evaluation: Evaluated, metric: str) -> float | None:
@@ -453,7 +453,7 @@ def _margin_check(gate: Gate, evaluation: Evaluated, found: Comparison) -> Check
     if verdict == "fail" and found.p_adjusted > 1 - gate.level:
         verdict, text = "inconclusive", f"{text}: worse by more than {_shown(margin)}, but not after the correction for several metrics (p = {found.p_adjusted:.3f})"
     else:
-        where = {"pass": "no worse than", "fail": "worse by more than", "inconclusive": "inside lies"}[verdict]
+        where = {"pass": "no worse than", "fail": "worse by more than", "inconclusive": "perhaps worse than"}[verdict]
         text = f"{text}: {where} the margin {_shown(margin)}" + (f"; {found.n_needed:,} rows would find it" if verdict == "inconclusive" and found.n_needed else "")
     if verdict == "pass" and (found.n < gate.min_n or (found.failures_a and not up)):
         verdict, text = "inconclusive", f"{text}, but {found.failures_a} rows have no value and {found.n} are compared, {gate.min_n} wanted"

@@ -67,7 +67,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     return _clean(value)
 
-# %% ../nbs/reports.ipynb #0d2c3e54
+# %% ../nbs/reports.ipynb #42cab2fd
 class Reported(Evaluated, Protocol):
     "What a report reads of an evaluation beyond what the gate reads; `llmops_ref.evaluation.Evaluation` is one."
 
@@ -102,7 +102,7 @@ def _metric(evaluation: Reported, name: str, level: float) -> dict[str, Any]:
     plain = {"name": _clean(name), "judge": facts.judge and _clean(facts.judge), "higher_is_better": facts.higher_is_better, "rows": len(values)}
     return plain | {"score": _plain(found), "range": [low, high], "histogram": counts}
 
-
+# %% ../nbs/reports.ipynb #18a1d9e6
 def _judge(evaluation: Reported, name: str, result: GateResult | None) -> dict[str, Any]:
     "One judge: what it is, its card, and what the gate says of it."
     check = next((check for check in result.checks if (check.kind, check.of) == ("judge", name)), None) if result else None
@@ -180,7 +180,7 @@ def report_data(
         "environment": _plain(evaluation.environment),
     }  # fmt: skip
 
-# %% ../nbs/reports.ipynb #03e7996a
+# %% ../nbs/reports.ipynb #d9bd8dd9
 class _Html(str):
     "Text that is markup already; every other text is escaped where it is put into an element."
 
@@ -206,7 +206,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) ->
     body = _element("tbody", *(_element("tr", *map(cell, row)) for row in rows))
     return _element("div", _element("table", _element("caption", caption), head, body), class_="wide")
 
-
+# %% ../nbs/reports.ipynb #7413ad08
 def _figure(value: float | None) -> str:
     "A number with three decimals, a dash where there is none."
     return "–" if value is None else f"{round(value, 3) + 0.0:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
@@ -221,7 +221,7 @@ def _interval(found: Mapping[str, Any] | None) -> str:
         return f"{_figure(estimate)} (no interval)"
     return f"{_figure(estimate)} ({_figure(found['ci_low'])} to {_figure(found['ci_high'])})"
 
-# %% ../nbs/reports.ipynb #d9bd8dd9
+# %% ../nbs/reports.ipynb #b996e098
 _WIDTH, _HEIGHT = 220, 26    # of a drawing, in pixels
 
 
@@ -258,7 +258,7 @@ def _bar(
         parts += [_element("circle", cx=f"{at(value):.1f}", cy=middle, r=4, class_=kind)] if value is not None else []
     return _drawing(f"{_interval(found)} on a scale from {low:g} to {high:g}" + (f", limit {limit:g}" if limit is not None else ""), *parts)
 
-
+# %% ../nbs/reports.ipynb #bd3490e9
 def _spread(counts: Sequence[int], low: float, high: float) -> _Html:
     "How values are spread: ten columns from the lowest to the highest."
     tallest, width = max(counts) or 1, (_WIDTH / 2 - 4) / len(counts)
@@ -269,7 +269,7 @@ def _spread(counts: Sequence[int], low: float, high: float) -> _Html:
     label = f"values from {low:g} to {high:g} in ten classes: {', '.join(map(str, counts))}"
     return _element("svg", _element("title", label), *columns, viewBox=f"0 0 {_WIDTH // 2} {_HEIGHT}", width=_WIDTH // 2, height=_HEIGHT, role="img", aria_label=label)
 
-# %% ../nbs/reports.ipynb #732b4620
+# %% ../nbs/reports.ipynb #7a2abd0b
 _SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 
 
@@ -303,7 +303,7 @@ def _checks_section(data: Mapping[str, Any]) -> _Html:
     rows = [(_badge(check["verdict"]), check["name"], check["reason"]) for check in _ordered(gate["checks"])]
     return _element("section", _element("h2", "Checks"), _table(("verdict", "check", "why"), rows, f"What {gate['gate']['name']} asks, and what was found; the bad ones first."))
 
-
+# %% ../nbs/reports.ipynb #02819846
 def _limits(data: Mapping[str, Any], metric: str) -> float | None:
     gate = data["gate"]["gate"] if data["gate"] else {"floors": {}, "ceilings": {}}
     found: float | None = gate["floors"].get(metric, gate["ceilings"].get(metric))
@@ -331,7 +331,7 @@ def _scores_section(data: Mapping[str, Any]) -> _Html:
     caption = f"Estimates with {data['level']:.0%} intervals over {data['dataset']['rows']} rows. The dot is the estimate, the bar its interval, an open dot the estimate without failures, the line across the gate's limit."
     return _element("section", _element("h2", "Scores"), _table(heads, rows, caption))
 
-# %% ../nbs/reports.ipynb #7413ad08
+# %% ../nbs/reports.ipynb #2a1aa4b1
 def _baseline_section(data: Mapping[str, Any]) -> _Html:
     "Paired differences with the baseline, around zero."
     found = data["gate"]["comparisons"] if data["gate"] else []
@@ -365,7 +365,7 @@ def _judges_section(data: Mapping[str, Any]) -> _Html:
     heads = ("verdict", "judge", "model", *_CARD, "labels", "calibrated", "why")
     return _element("section", _element("h2", "Judges"), _table(heads, rows, "How far each judge agrees with people, on the labelled claims of its card."))
 
-
+# %% ../nbs/reports.ipynb #34315f99
 def _slices_section(data: Mapping[str, Any]) -> _Html:
     "A folded table for each way to cut the rows."
     parts = []

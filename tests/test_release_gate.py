@@ -50,7 +50,7 @@ def one(result: GateResult, name: str) -> Check:
         ("max_failure_rate = '5%'", "max_failure_rate is '5%'"),
         ("max_failures = 0.1", "max_failures.*max_failure_rate"),
         ("max_failure_rate = 0.1\nmin_n = 0", "min_n is 0"),
-        ("max_failure_rate = 0.1\nmin_n = 2.5", "min_n is 2.5. Write a whole number"),
+        ("max_failure_rate = 0.1\nmin_n = 2.5", "min_n is 2.5, which cannot be. Write a whole number"),
         ("max_failure_rate = 0.1\nlevel = 95", "level is 95"),
         ("max_failure_rate = 0.1\njudge = 0.6", r"judge is not a table. Write \[judge\]"),
         ("max_failure_rate = 0.1\n[judge]\nkappa = 0", "judge.kappa is 0.*yes to everything has kappa 0"),
