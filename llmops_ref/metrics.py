@@ -203,6 +203,11 @@ _OURS = [
         "a right figure for the wrong thing: the fee of another account",
     ),
     MetricSpec(
+        "figure_recall", _OWN, _ANSWER,
+        "Does the answer give the figures of the wanted one?",
+        "what the figure is said of, and everything that is no figure",
+    ),
+    MetricSpec(
         "citation_validity", _OWN, ("citations", "retrieved_contexts"),
         "What share of the citations stands word for word in the passages?",
         "whether a real quotation supports what is said beside it",
@@ -700,6 +705,12 @@ def _number_agreement(response: str, retrieved_contexts: list[str]) -> float:
     return len(named & held) / len(named) if named else 1.0
 
 
+def _figure_recall(response: str, reference: str) -> float:
+    "Share of the reference's numbers and amounts that the response gives; 1 where the reference names none."
+    wanted = amounts_in(reference)
+    return len(wanted & amounts_in(response)) / len(wanted) if wanted else 1.0
+
+
 def _citation_validity(citations: list[Any], retrieved_contexts: list[str]) -> float:
     "Share of the citations whose quotation stands in a passage, white space aside; 0 where nothing is cited."
     quotes = [str(item.get("quote", "")) if isinstance(item, dict) else str(item) for item in citations]
@@ -716,7 +727,7 @@ def _correct_decision(expected: str, refused: bool) -> float:
 
 
 _FUNCTIONS: dict[str, Callable[..., float]] = {
-    "number_agreement": _number_agreement, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
+    "number_agreement": _number_agreement, "figure_recall": _figure_recall, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
 }
 
 
@@ -867,7 +878,7 @@ class Metric:
         "What a card of this metric's judge must have been made of; None where nothing is judged."
         from llmops_ref.judges import identity
 
-        return identity(self.claims_judge or as_judge(self)) if self.judge else None
+        return identity(self.claims_judge or _metric_judge(self, 0.5, 1)) if self.judge else None
 
     @property
     def lowest(self) -> float:
@@ -886,7 +897,7 @@ class Metric:
 
     def prepared(self) -> Metric:
         "The metric with its RAGAS object made: what cannot be made raises here, before anything runs."
-        assert self._plan.call
+        _ = self._plan
         return self
 
     def measure(
@@ -1218,7 +1229,11 @@ def as_judge(
         raise BadInputError(f"{ready.name} needs {', '.join(sorted(more))}, which a claim has not.", "Use a metric of answers against passages.")
     if ready.claims_judge is not None:
         return ready.claims_judge
-    return _MetricJudge(ready, ready.judge or ready.name, ready.model, ready.fingerprint, threshold, workers)
+    return _metric_judge(ready, threshold, workers)
+
+
+def _metric_judge(metric: Metric, threshold: float, workers: int) -> _MetricJudge:
+    return _MetricJudge(metric, metric.judge or metric.name, metric.model, metric.fingerprint, threshold, workers)
 
 # %% ../nbs/metrics.ipynb #46b8b75b
 def _trial_rows(questions: int) -> list[EvaluationRow]:
