@@ -11,7 +11,8 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Kind', 'SIGNALS', 'FITTED', 'RULES', 'Word', 'words_of', 'auroc', 'WeightsError', 'GroundednessWeights',
            'cross_validated', 'fit_weights', 'SentenceSupport', 'Explanation', 'Groundedness', 'collect',
-           'load_signals', 'recalibrate']
+           'load_signals', 'recalibrate', 'likelihood_signals']
 
 # %% ../nbs/groundedness.ipynb #5bd8a550
 Kind = Literal["number", "date", "name", "word", "negation", "small"]
@@ -49,8 +50,9 @@ class Word(NamedTuple):
 
 
 _TOKEN = re.compile(r"(?P<digits>\d[\d,]*(?:[.:]\d+)*)(?:st|nd|rd|th)?|[^\W\d_]+(?:['’][^\W\d_]+)?")
-_DATES = frozenset("""january february march april june july august september october november december
-    monday tuesday wednesday thursday friday saturday sunday""".split())
+_DATES = frozenset(re.findall(r"\w+", """
+    january february march april june july august september october november december
+    monday tuesday wednesday thursday friday saturday sunday"""))
 _COUNTED = {word: digits for word, digits in _NUMBERS.items() if word not in ("zero", "one")} | dict(zip(
     "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred".split(),  # noqa: SIM905
     map(str, (*range(13, 21), *range(30, 101, 10))), strict=True))
@@ -161,6 +163,7 @@ def _pieces(text: str) -> list[str]:
 SIGNALS: Mapping[str, str] = {
     "specifics": "numbers, dates, names and (counting less) other words that stand in no passage; minus their logarithm",
     "numbers": "numbers and dates that stand in no passage; minus their logarithm",
+    "conflict": "minus the share held by the best sentence, if a number or date stands in no passage",
     "words": "share of all words that stand in some passage (precision of ROUGE-1)",
     "bigrams": "share of word pairs that stand in some sentence of a passage (precision of ROUGE-2)",
     "specifics in one": "as `specifics`, for the one sentence or row that holds most",
@@ -222,6 +225,7 @@ def _compare(sentence: _Text, evidence: _Evidence) -> tuple[dict[str, float], _T
     found = {
         "specifics": -np.log1p(sum(_WEIGHT[word.kind] for word in missing)),
         "numbers": -np.log1p(sum(word.kind in ("number", "date") for word in missing)),
+        "conflict": -any(word.kind in ("number", "date") for word in missing) * held.max() / total,
         "words": np.mean([evidence.holds(word.form) for word in sentence.words]),
         "bigrams": np.mean([pair in evidence.bigrams for pair in pairs]) if pairs else 1.0,
         "specifics in one": -np.log1p(total - held.max()),
@@ -263,7 +267,7 @@ def auroc(
     if low == high:    # a perfect ranking of few claims is no proof: Wilson's interval over the rarer class
         sure = estimate(np.full(max(2, int(min(right[kept].sum(), (~right[kept]).sum()))), round(found.value)), level=level)
         low, high = min(found.value, sure.low), max(found.value, sure.high)
-    failures = [value.kind if isinstance(value, Failure) else "not_a_number" for value in np.array(scores, object)[~kept]]
+    failures: list[str] = [value.kind if isinstance(value, Failure) else "not_a_number" for value in np.array(scores, object)[~kept]]
     wrong = np.where(kept, values, np.where(right, -np.inf, np.inf))
     misses = auroc(right, np.unique(wrong, return_inverse=True)[1], clusters, level=level, draws=draws) if failures else None
     kinds = {kind: failures.count(kind) for kind in sorted(set(failures))}
@@ -334,7 +338,8 @@ class GroundednessWeights:
         file = resources.files("llmops_ref") / "data" / "groundedness.json" if path is None else Path(path)
         try:
             stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+            return cls(**fields)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise WeightsError(f"The weights cannot be read ({type(error).__name__}).", "Write them with `recalibrate`.") from error
 
@@ -391,17 +396,22 @@ def fit_weights(
 ) -> GroundednessWeights:
     "Fit weights to labelled claims. Raises `WeightsError`."
     mean, scale, (intercept, *weights) = _fit(rows, names, penalty)
-    columns = [tuple(float(f"{value:.6g}") for value in column) for column in (mean, scale, weights)]
+    means, scales, rounded = (tuple(float(f"{value:.6g}") for value in column) for column in (mean, scale, weights))
     fitted_on: dict[str, dict[str, Any]] = {}
     for of in dict.fromkeys(row["set"] for row in rows):
         members = [row for row in rows if row["set"] == of]
-        counts = {"claims": len(members), "clusters": len({row["cluster"] for row in members}), "supported": sum(row["label"] for row in members)}
+        counts = {"claims": len(members), "clusters": len({row["cluster"] for row in members}), "supported": sum(row["label"] for row in members),
+                  "elsewhere": sum(row["kind"] == "elsewhere" for row in members)}
         fitted_on[of] = counts | dict((sources or {}).get(of, {}))
-    return GroundednessWeights(tuple(names), *columns, float(f"{intercept:.6g}"), 0.5, fitted_on, {"llmops-ref": version("llmops-ref"), "numpy": version("numpy")})
+    versions = {name: version(name) for name in ("llmops-ref", "numpy", "onnxruntime")}
+    return GroundednessWeights(tuple(names), means, scales, rounded, float(f"{intercept:.6g}"), 0.5, fitted_on, versions)
 
 # %% ../nbs/groundedness.ipynb #6c50675a
 RULES = "1"    # changes whenever the signals are computed otherwise
 _MARKS = re.compile(r"\[\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*\]")           # citations: [2], [1, 3]
+_COURTESY = re.compile(r"""\W*(?:i\ hope\ (?:this|that)\ (?:helps|is\ helpful|answers\ your\ question)|thanks?(?:\ you)?(?:\ for\ (?:asking|your\ (?:question|patience)))?
+    |(?:please\ )?(?:let\ me\ know|feel\ free\ to\ ask)\ if\ you\ (?:have|need)\ (?:any\ )?(?:(?:other|more|further)\ )?(?:questions?|help|anything\ else)
+    |is\ there\ anything\ else\ i\ can\ help\ (?:you\ )?with|(?:kind|best)\ regards|hello|hi|you(?:'|’|\ a)re\ welcome)\W*""", re.IGNORECASE | re.VERBOSE)
 _ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+", re.MULTILINE)     # of a list
 
 
@@ -515,7 +525,7 @@ def _checked(claim: Claim) -> tuple[list[str], tuple[str, ...]] | Failure:
         return Failure("out_of_range", f"the claim has more than {_CLAIM:,} characters, or its passages more than {_MOST:,}")
     text, passages = _ITEM.sub("", _MARKS.sub("", _clean(claim.text))), tuple(_clean(passage) for passage in claim.passages or ())
     texts = [piece for start, end in sentences(text) for piece in _pieces(" ".join(text[start:end].split()))]
-    texts = [piece for piece in texts if any(_WEIGHT[word.kind] for word in words_of(piece))]
+    texts = [piece for piece in texts if any(_WEIGHT[word.kind] for word in words_of(piece)) and not _COURTESY.fullmatch(piece)]
     if not any(passage.strip() for passage in passages):
         return Failure("missing_field", "there are no passages")
     return (texts, passages) if texts else Failure("missing_field", "the claim says nothing that could be checked")
@@ -525,6 +535,7 @@ def collect(
     labelled: Sequence[LabelledClaim],             # single sentences
     *,
     source: str = "labelled",                      # name of the set
+    elsewhere: bool = True,                        # add each supported claim beside the passages of the next cluster: not supported
     split: Mapping[str, str] | None = None,        # id to "dev" or "test"; None: all "dev"
     kinds: Mapping[str, str] | None = None,        # id to the kind of claim
 ) -> list[dict[str, Any]]:
@@ -532,15 +543,30 @@ def collect(
     reader = _shared_reader()
     gathered = lru_cache(maxsize=4)(lambda passages: _evidence(passages, lambda passage: _units(passage, reader)))
     rows = []
-    for item in labelled:
+    for item in [*labelled, *(_elsewhere(labelled) if elsewhere else ())]:
         checked = _checked(item.claim)
         if isinstance(checked, Failure):
             raise BadInputError(f"Claim {item.id!r} has no signals: {checked.detail}.", "Take it out of the labelled claims, or mend it.")
         text, passages = " ".join(checked[0])[:_PIECE], checked[1]
-        found = _compare(_read(text, reader), gathered(passages))[0]
-        rows.append({"set": source, "id": item.id, "cluster": item.cluster, "split": (split or {}).get(item.id, "dev"), "label": item.label,
-                     "kind": (kinds or {}).get(item.id, ""), "length": len(text.split()), "signals": {name: round(value, 4) for name, value in found.items()}})
+        found, plain = _compare(_read(text, reader), gathered(passages))[0], item.id.removesuffix(_ELSEWHERE)
+        rows.append({"set": source, "id": item.id, "cluster": item.cluster, "split": (split or {}).get(plain, "dev"), "label": item.label,
+                     "kind": "elsewhere" if item.id != plain else (kinds or {}).get(plain, ""), "length": len(text.split()),
+                     "signals": {name: round(value, 4) for name, value in found.items()}})
     return rows
+
+
+_ELSEWHERE = "~elsewhere"
+
+
+def _elsewhere(labelled: Sequence[LabelledClaim]) -> Iterator[LabelledClaim]:
+    "Supported claims beside passages of the next text, which say something else."
+    passages: dict[str, list[tuple[str, ...]]] = {}
+    for item in labelled:
+        passages.setdefault(item.cluster, []).append(tuple(item.claim.passages))
+    names = list(passages)
+    for number, item in enumerate(item for item in labelled if item.label and len(names) > 1):
+        other = passages[names[(names.index(item.cluster) + 1) % len(names)]]
+        yield replace(item, id=item.id + _ELSEWHERE, claim=Claim(item.claim.text, other[number % len(other)], item.claim.question), label=False)
 
 
 def load_signals(
@@ -579,3 +605,35 @@ def _collect_all(wikibio: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             "wikibio": {"sha256": sha256_file(wikibio), "from": "potsawee/selfcheckgpt, MIT; texts after Wikipedia, CC BY-SA"},
             "handbook": {"sha256": sha256_file(handbook), "from": "written for this project, Apache-2.0"},
         }
+
+# %% ../nbs/groundedness.ipynb #1bf28826
+def likelihood_signals(
+    claims: Sequence[Claim],       # with passages; those that share them should stand together
+    chat: TransformersChat,        # the log-probabilities of its tokens are needed
+) -> dict[str, np.ndarray]:        # "explained" and "yes", float64, one value a claim
+    "How much of a sentence's surprise its passages explain, and by how much the model prefers Yes to No, in log-odds."
+    torch = require("torch", extra="huggingface")
+    messages = [{"role": "system", "content": "You check facts."}, {"role": "user", "content": "@@"}]
+    head, _, tail = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).partition("@@")
+
+    def ids(text: str) -> Any:
+        return chat.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(chat.model.device)
+
+    @lru_cache(maxsize=2)
+    def before(passages: tuple[str, ...]) -> Any:
+        return chat.model(ids(f"{head}Passage:{''.join(' ' + passage for passage in passages)}\n\n"), use_cache=True).past_key_values
+
+    def after(passages: tuple[str, ...], tokens: Any) -> Any:
+        return chat.model(tokens, past_key_values=deepcopy(before(passages)), use_cache=True).logits[0].float().log_softmax(-1)
+
+    choice = [[ids(word)[0, 0].item() for word in words] for words in (("Yes", " Yes", "yes"), ("No", " No", "no"))]
+    found = []
+    with torch.inference_mode():
+        for claim in claims:
+            opening, text = ids("Sentence: "), ids(claim.text)
+            whole, places = torch.cat([opening, text], 1), torch.arange(text.shape[1]) + opening.shape[1] - 1
+            surprise = [-after(passages, whole)[places, text[0]].sum().item() for passages in (tuple(claim.passages), ())]
+            last = after(tuple(claim.passages), ids(f"Sentence: {claim.text}\n\nIs the sentence supported by the passage? Answer Yes or No.{tail}"))[-1]
+            yes, no = (torch.logsumexp(last[words], 0).item() for words in choice)
+            found.append((1 - surprise[0] / surprise[1], yes - no))
+    return {name: np.array(column) for name, column in zip(("explained", "yes"), np.array(found).reshape(-1, 2).T, strict=True)}

@@ -17,33 +17,40 @@ import math
 import os
 import re
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property, partial
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from langchain_core.embeddings import Embeddings
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage
+from langchain_core.language_models import BaseChatModel, SimpleChatModel
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.outputs import ChatResult
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import BaseModel, ValidationError
 
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
 from .documents import sentences
-from .engine import tuning_record
+from .engine import tuning_record, usable_cores
 from .evaluation_data import Claim, EvaluationRow, Judge
-from .evidence import amounts_in
+from .evidence import amounts_in, stems
 from .models import load_chat_model, load_embeddings
 from .scores import Failure, FailureKind, Value
 
+if TYPE_CHECKING:
+    from llmops_ref.judges import JudgeIdentity
+
 # %% auto #0
 __all__ = ['METRICS', 'ModelForJudging', 'MetricSpec', 'JudgeCallError', 'failure_of', 'CallCache', 'chat_identity',
-           'LangChainJudge', 'RagasEmbeddings', 'Metric', 'measure', 'load_metrics', 'as_metric', 'as_judge']
+           'LangChainJudge', 'RagasEmbeddings', 'RuleChat', 'Metric', 'measure', 'load_metrics', 'as_metric',
+           'as_judge', 'judge_trial']
 
 # %% ../nbs/metrics.ipynb #ed36c407
 @dataclass(frozen=True)
@@ -194,6 +201,11 @@ _OURS = [
         "number_agreement", _OWN, ("response", "retrieved_contexts"),
         "What share of the answer's figures stands in the passages?",
         "a right figure for the wrong thing: the fee of another account",
+    ),
+    MetricSpec(
+        "figure_recall", _OWN, _ANSWER,
+        "Does the answer give the figures of the wanted one?",
+        "what the figure is said of, and everything that is no figure",
     ),
     MetricSpec(
         "citation_validity", _OWN, ("citations", "retrieved_contexts"),
@@ -576,6 +588,8 @@ class LangChainJudge:
             reply = _Reply.of(await asyncio.wait_for(_send(self, prompt, form), self.timeout))
             self.usage.update(reply.usage)
             filled = _read_reply(reply, form)
+        except TimeoutError as error:
+            raise _note(self, JudgeCallError(Failure("timeout", str(error) or f"no reply within {self.timeout} s")), key) from error
         except Exception as error:
             raise _note(self, error, key) from error
         if self.cache is not None:
@@ -621,6 +635,39 @@ def _import_ragas(module: str = "ragas.metrics") -> Any:
         require("ragas.embeddings.base", extra="evaluation").BaseRagasEmbedding.register(RagasEmbeddings)
     return found
 
+# %% ../nbs/metrics.ipynb #86302f5d
+class RuleChat(SimpleChatModel):
+    "A chat model that fills in RAGAS' forms by rules, to try metrics and pipelines with; not to judge anything real."
+
+    @property
+    def _llm_type(self) -> str:
+        return "rules"
+
+    async def _agenerate(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> ChatResult:
+        return self._generate(messages, *arguments, **options)
+
+    def _call(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> str:
+        prompt = str(messages[-1].content)
+        given, _ = json.JSONDecoder().raw_decode(prompt.rpartition("\ninput: ")[2] or "{}")
+        text = given.get("answer") or given.get("response") or ""
+        parts = [text[start:end] for start, end in sentences(text)]
+        verdicts = [(part, int(_words_stand_in(part, given.get("context", "")))) for part in given.get("statements", parts)]
+        forms: dict[str, Any] = {
+            "StatementGeneratorOutput": {"statements": parts},
+            "ClaimDecompositionOutput": {"claims": parts},
+            "NLIStatementOutput": {"statements": [{"statement": part, "reason": "by rule", "verdict": yes} for part, yes in verdicts]},
+            "ContextRecallOutput": {"classifications": [{"statement": part, "reason": "by rule", "attributed": yes} for part, yes in verdicts]},
+            "ContextPrecisionOutput": {"reason": "by rule", "verdict": int(any(yes for _, yes in verdicts))},
+            "AnswerRelevanceOutput": {"question": f"{text}?", "noncommittal": int("cannot" in text)},
+        }
+        return json.dumps(next((form for name, form in forms.items() if f'"title": "{name}"' in prompt), {}))
+
+
+def _words_stand_in(statement: str, text: str) -> bool:
+    "Whether a text holds a statement's amounts and at least seven tenths of its content words."
+    words = stems(statement)
+    return amounts_in(statement) <= amounts_in(text) and len(words & stems(text)) >= 0.7 * len(words)
+
 # %% ../nbs/metrics.ipynb #749687d0
 def _lowest_support(judge: Judge, response: str, contexts: Sequence[str], question: str) -> float:
     "Support of the least supported sentence. Raises `JudgeCallError` where the judge fails on one."
@@ -658,6 +705,12 @@ def _number_agreement(response: str, retrieved_contexts: list[str]) -> float:
     return len(named & held) / len(named) if named else 1.0
 
 
+def _figure_recall(response: str, reference: str) -> float:
+    "Share of the reference's numbers and amounts that the response gives; 1 where the reference names none."
+    wanted = amounts_in(reference)
+    return len(wanted & amounts_in(response)) / len(wanted) if wanted else 1.0
+
+
 def _citation_validity(citations: list[Any], retrieved_contexts: list[str]) -> float:
     "Share of the citations whose quotation stands in a passage, white space aside; 0 where nothing is cited."
     quotes = [str(item.get("quote", "")) if isinstance(item, dict) else str(item) for item in citations]
@@ -674,7 +727,7 @@ def _correct_decision(expected: str, refused: bool) -> float:
 
 
 _FUNCTIONS: dict[str, Callable[..., float]] = {
-    "number_agreement": _number_agreement, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
+    "number_agreement": _number_agreement, "figure_recall": _figure_recall, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
 }
 
 
@@ -738,13 +791,19 @@ def _awaited(obj: Any) -> Callable[[dict[str, Any]], Awaitable[Any]]:
 
 def _plan_of_columns(obj: Any) -> _Plan:
     "The plan of RAGAS' older metrics, which name their columns and take a sample."
-    turn = "SINGLE_TURN" if obj.required_columns.get("SINGLE_TURN") or not hasattr(obj, "multi_turn_ascore") else "MULTI_TURN"
+    turn = "SINGLE_TURN" if "SINGLE_TURN" in obj.required_columns else "MULTI_TURN"    # of those that take both, a single turn
     needs = tuple(sorted(obj.required_columns.get(turn, ())))
     takes = tuple(sorted(obj.get_required_columns(with_optional=True).get(turn, ())))
     schema = require("ragas.dataset_schema", extra="evaluation")
-    if turn == "MULTI_TURN":
-        return _Plan(needs, takes, lambda values: obj.multi_turn_ascore(schema.MultiTurnSample(**values)), messages=True)
-    return _Plan(needs, takes, lambda values: obj.single_turn_ascore(schema.SingleTurnSample(**values)))
+    if turn == "SINGLE_TURN":
+        return _Plan(needs, takes, lambda values: obj.single_turn_ascore(schema.SingleTurnSample(**values)))
+
+    async def call(values: dict[str, Any]) -> Any:
+        if isinstance(values.get("user_input"), str):
+            raise BadInputError(f"user_input must be a list of messages for {obj.name}.", "Give the whole conversation.")
+        return await obj.multi_turn_ascore(schema.MultiTurnSample(**values))
+
+    return _Plan(needs, takes, call, messages=True)
 
 # %% ../nbs/metrics.ipynb #f9bbc424
 _MESSAGES = {"human": "HumanMessage", "ai": "AIMessage", "tool": "ToolMessage"}
@@ -752,7 +811,7 @@ _MESSAGES = {"human": "HumanMessage", "ai": "AIMessage", "tool": "ToolMessage"}
 
 def _value_from(row: EvaluationRow, name: str, *, messages: bool) -> Any:
     "A field of the row, else what its metadata hold under that name, as RAGAS takes it; None where there is none."
-    value = getattr(row, name, None) if name != "metadata" and name in row.__dataclass_fields__ else row.metadata.get(name)
+    value = getattr(row, name) if name in row.__dataclass_fields__ else row.metadata.get(name)
     if name == "user_input":
         return value if isinstance(value, str) else _ragas_messages(row) if messages else row.question
     if name == "reference_tool_calls" and value is not None:
@@ -812,12 +871,20 @@ class Metric:
     rows: Literal["all", "answerable"] = "answerable"
     labels: Mapping[str, float] = field(default_factory=dict, compare=False)    # of a discrete metric: what each label is worth
     llm: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)    # for metrics handed their model at each call
+    claims_judge: Judge | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def judge_identity(self) -> JudgeIdentity | None:
+        "What a card of this metric's judge must have been made of; None where nothing is judged."
+        from llmops_ref.judges import identity
+
+        return identity(self.claims_judge or _metric_judge(self, 0.5, 1)) if self.judge else None
 
     @property
     def lowest(self) -> float:
-        "What a failed row counts as: 0 or the low end of the range; of a metric where less is better, its high end."
+        "What a failed row counts as: 0, or the low end of a range above 0; where less is better the high end, NaN where there is none."
         low, high = self.range
-        return max(0.0, low) if self.higher_is_better else high
+        return max(0.0, low) if self.higher_is_better else high if math.isfinite(high) else math.nan
 
     @cached_property
     def ragas(self) -> Any:
@@ -827,6 +894,11 @@ class Metric:
     @cached_property
     def _plan(self) -> _Plan:
         return _plan(self.ragas, self.llm())
+
+    def prepared(self) -> Metric:
+        "The metric with its RAGAS object made: what cannot be made raises here, before anything runs."
+        _ = self._plan
+        return self
 
     def measure(
         self,
@@ -840,8 +912,7 @@ class Metric:
 
     async def values(self, rows: Sequence[EvaluationRow], *, workers: int = 4, timeout: float | None = None) -> dict[str, Value]:
         "`measure`, without blocking the event loop."
-        self._plan  # noqa: B018 - built here, because importing RAGAS takes seconds
-        return (await _LOOP.shared(_measure([self], rows, workers, timeout, None)))[self.name]
+        return (await _LOOP.shared(_measure([self.prepared()], rows, workers, timeout, None)))[self.name]
 
     async def _value(self, row: EvaluationRow, timeout: float | None) -> Value:
         "One row's value; whatever goes wrong is a `Failure`."
@@ -857,10 +928,12 @@ class Metric:
             given = {name: value for name, value in given.items() if value is not None}
             result = await asyncio.wait_for(self._plan.call(given), timeout)
             value = _to_value(result, self.range, self.labels)
-            if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if not given[name]]):
+            if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if given[name] in ("", [])]):
                 value = replace(value, detail=f"{value.detail}; empty: {', '.join(empty)}")
         except Exception as error:
             value = failure_of(error)
+            if value.kind == "timeout" and not str(error):
+                value = replace(value, detail=f"no value within {timeout} s")
         finally:
             _row_calls.reset(token)
         return calls.failures[-1] if isinstance(value, Failure) and calls.failures else value
@@ -878,11 +951,9 @@ def measure(
 
     Raises `BadInputError` for two metrics of one name.
     """
-    ready = [as_metric(one) for one in metrics]
+    ready = [as_metric(one).prepared() for one in metrics]
     if twice := [name for name, count in Counter(metric.name for metric in ready).items() if count > 1]:
         raise BadInputError(f"There are two metrics named {twice[0]!r}.", "Give each a name of its own.")
-    for metric in ready:
-        metric._plan  # noqa: B018 - built here, so that a metric that cannot be built raises before anything runs
     return _LOOP.run(_measure(ready, rows, workers, timeout, on_value))
 
 
@@ -991,6 +1062,7 @@ class _Parts:
         return Metric(
             spec.name, _fingerprint(spec.name, decides), partial(_build, spec, lambda: self.llm, lambda: self.vectors, self.claims_judge),
             spec.needs, name, model, spec.range, spec.higher_is_better, spec.rows,
+            claims_judge=self.claims_judge if spec.judge == "claims" else None,
         )
 
 
@@ -1130,21 +1202,90 @@ class _MetricJudge:
 
     def judge(self, claims: Sequence[Claim]) -> list[Value]:
         "The metric's value for each claim, as if it were the whole answer."
+        compared = "retrieved_contexts" not in self.metric.needs    # with a reference: then the passages are it
         rows = [
-            EvaluationRow(str(number), claim.question or claim.text, response=claim.text, retrieved_contexts=claim.passages)
+            EvaluationRow(
+                str(number), claim.question or claim.text, response=claim.text, retrieved_contexts=claim.passages,
+                reference="\n".join(claim.passages) if compared else claim.text,
+            )
             for number, claim in enumerate(claims)
         ]
         return list(self.metric.measure(rows, workers=self.workers).values())
 
 
 def as_judge(
-    metric: Any,                  # a `Metric` or RAGAS object that needs no more than question, response and passages
+    metric: Any,                  # a `Metric` or RAGAS object that needs question, response, passages, reference at most
     threshold: float = 0.5,       # supported from here on
     *,
     workers: int = 4,             # claims in progress at once
 ) -> Judge:
-    "Any such metric as a judge of claims, to be calibrated on labelled claims. Raises `BadInputError` where it needs more."
+    """Any such metric as a judge of claims, to be calibrated on labelled claims. Raises `BadInputError` where it needs more.
+
+    The claim is the response; it is also the reference where the metric holds a reference against passages. Where it
+    holds the response against a reference, the passages are the reference.
+    """
     ready = as_metric(metric)
-    if more := set(ready.needs) - {"user_input", "response", "retrieved_contexts"}:
+    if more := set(ready.needs) - {"user_input", "response", "reference", "retrieved_contexts"}:
         raise BadInputError(f"{ready.name} needs {', '.join(sorted(more))}, which a claim has not.", "Use a metric of answers against passages.")
-    return _MetricJudge(ready, ready.judge or ready.name, ready.model, ready.fingerprint, threshold, workers)
+    if ready.claims_judge is not None:
+        return ready.claims_judge
+    return _metric_judge(ready, threshold, workers)
+
+
+def _metric_judge(metric: Metric, threshold: float, workers: int) -> _MetricJudge:
+    return _MetricJudge(metric, metric.judge or metric.name, metric.model, metric.fingerprint, threshold, workers)
+
+# %% ../nbs/metrics.ipynb #46b8b75b
+def _trial_rows(questions: int) -> list[EvaluationRow]:
+    "Questions on the handbook, each with its right answer and with the answer to the next question."
+    lines = (resources.files("llmops_ref") / "data" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [row for row in map(json.loads, lines) if row["kind"] == "lookup" and row["split"] == "dev"][:questions]
+    shifted = found[1:] + found[:1]
+    return [
+        EvaluationRow(
+            f"{row['id']} {kind}", row["user_input"], response=answer, reference=row["reference"],
+            retrieved_contexts=tuple(row["reference_contexts"]), metadata={"document": row["id"]},
+        )
+        for row, other in zip(found, shifted, strict=True)
+        for kind, answer in (("right", row["reference"]), ("wrong", other["reference"]))
+    ]
+
+
+_OF_ANSWERS = ("faithfulness", "answer_relevancy", "factual_correctness")
+
+
+def judge_trial(
+    judge: ModelForJudging = "embedded",                 # a chat model, a spec, a `LangChainJudge`
+    *,
+    names: Sequence[str] = _OF_ANSWERS,
+    questions: int = 3,                                  # on the handbook; each is judged twice
+    max_tokens: int = 256,                               # of a reply, where `judge` is a spec
+    timeout: float | None = 120.0,                       # seconds for one judge call
+    out: str | os.PathLike[str] | None = None,           # JSON file to write
+) -> dict[str, Any]:
+    "Whether RAGAS' metrics through this judge give numbers, and higher ones to right answers than to wrong ones."
+    chat = load_chat_model(judge, temperature=0.0, max_tokens=max_tokens) if isinstance(judge, str) else judge
+    llm = LangChainJudge(chat, timeout=timeout) if isinstance(chat, BaseChatModel) else chat
+    rows, began, record = _trial_rows(questions), time.perf_counter(), []
+    for metric in load_metrics(names, judge=llm):
+        values = metric.measure(rows, workers=1)
+        given = [value if isinstance(value, Failure) else round(value, 3) for value in values.values()]
+        pairs = list(zip(given[::2], given[1::2], strict=True))
+        both = [(right, wrong) for right, wrong in pairs if not isinstance(right, Failure) and not isinstance(wrong, Failure)]
+        failed = [value for value in values.values() if isinstance(value, Failure)]
+        record.append({
+            "metric": metric.name, "values": len(values), "failures": dict(Counter(failure.kind for failure in failed)),
+            "why": [detail for detail, _ in Counter(failure.detail for failure in failed).most_common(3)], "pairs": len(pairs), "pairs_with_values": len(both),
+            "right_above_wrong": sum(right > wrong for right, wrong in both),
+            "right": [value if isinstance(value, float) else value.kind for value, _ in pairs],
+            "wrong": [value if isinstance(value, float) else value.kind for _, value in pairs],
+        })
+    found = {
+        "date": datetime.now(UTC).date().isoformat(), "device": f"CPU, {usable_cores()} cores", "ragas": metadata.version("ragas"),
+        "judge": llm.identity, "calls": llm.asked, "failed_calls": dict(llm.failed), "tokens": dict(llm.usage),
+        "seconds_per_call": round((time.perf_counter() - began) / max(1, llm.asked), 1), "metrics": record,
+    }
+    if out is not None:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
