@@ -313,7 +313,7 @@ def _judge_scores(judge: Judge, labelled: Sequence[LabelledClaim], found: Mappin
     "The judge's scores, and how they were made: by weights that have not seen the text where its own have."
     if isinstance(judge, Groundedness) and seen:
         good = np.isfinite(np.array([found[name] for name in FITTED])).all(0)
-        rows = [{"set": "file", "cluster": item.cluster, "label": item.label, "signals": {name: found[name][place] for name in FITTED}}
+        rows = [{"set": "file", "cluster": item.cluster, "label": item.label, "kind": "", "signals": {name: found[name][place] for name in FITTED}}
                 for place, item in enumerate(labelled) if good[place]]
         scores = iter(cross_validated(rows))
         return [float(next(scores)) if kept else Failure("missing_field", "no signals") for kept in good], "weights refitted on this file, without the text"
