@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from . import __version__
-from .core import BadInputError, atomic_path
+from .core import BadInputError, LlmopsRefError, atomic_path, require
 from llmops_ref.evaluation_data import (
     Claim,
     DatasetFormatError,
@@ -41,17 +42,21 @@ from llmops_ref.evaluation_data import (
     load_labelled,
     run_rag,
 )
-from .metrics import METRICS, LangChainJudge, Metric, as_judge, as_metric, load_metrics, measure
+from .metrics import METRICS, LangChainJudge, Metric, RagasEmbeddings, as_judge, as_metric, load_metrics, measure
 from .release_gate import Check, Gate, GateFileError, GateResult, JudgeRule
 from .reports import write_report
 from .scores import Comparison, Failure, Score, Value, compare, compare_all, score
 
 if TYPE_CHECKING:
+    from langchain_core.embeddings import Embeddings
+    from langchain_core.language_models import BaseChatModel
+
+    from llmops_ref.documents import Passage
     from llmops_ref.judges import JudgeCard, JudgeIdentity
 
 # %% auto #0
-__all__ = ['DEFAULT_METRICS', 'CAUSES', 'MetricInfo', 'evaluate', 'EvaluationFileError', 'Evaluation', 'Slice', 'Slices',
-           'WorstRow', 'WorstRows', 'Attribution']
+__all__ = ['DEFAULT_METRICS', 'CAUSES', 'PERSONAS', 'MetricInfo', 'evaluate', 'EvaluationFileError', 'Evaluation', 'Slice',
+           'Slices', 'WorstRow', 'WorstRows', 'Attribution', 'NoTestsetError', 'generate_testset']
 
 # %% ../nbs/evaluation.ipynb #d81ff3a3
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def _check_fields(metric: Metric, rows: Sequence[EvaluationRow]) -> None:
 
 # %% ../nbs/evaluation.ipynb #10c42b49
 DEFAULT_METRICS = (    # what the embedded default can measure without a large model
-    "id_based_context_recall", "id_based_context_precision", "semantic_similarity", "rouge_score", "groundedness", "number_agreement", "correct_decision",
+    "id_based_context_recall", "id_based_context_precision", "semantic_similarity", "figure_recall", "rouge_score", "groundedness", "number_agreement", "correct_decision",
 )
 
 
@@ -313,9 +318,13 @@ class Evaluation:
         order = sorted(values, key=lambda id: -math.inf if isinstance(value := values[id], Failure) else sign * value)
         return WorstRows(WorstRow(self.dataset[id], metric, values[id]) for id in order[:n])
 
-    def attribution(self, *, evidence: str | None = None, answer: str | None = None, threshold: float | None = None) -> Attribution:
-        "Why each row went wrong: see `Attribution`. Raises `BadInputError` where no metric says whether the evidence was found, or the answer right."
-        return _attribution(self, evidence, answer, threshold)
+    def attribution(self, *, evidence: str | None = None, right: Mapping[str, float] | None = None) -> Attribution:
+        """What became of each row: see `Attribution`.
+
+        `evidence` names the metric that says whether the evidence was found; `right` metrics and the values from which an answer
+        is right. Raises `BadInputError` where none was measured.
+        """
+        return _attribution(self, evidence, right)
 
     def _repr_markdown_(self) -> str:
         return _table(self)
@@ -401,7 +410,7 @@ def _by_length(rows: Sequence[EvaluationRow], text: Callable[[EvaluationRow], st
     "Rows in three bands of about equal size, by the number of words of a text."
     words = {row.id: len(value.split()) for row in rows if (value := text(row)) is not None}
     ordered = sorted(words.values())
-    edges = sorted({ordered[len(ordered) // 3], ordered[2 * len(ordered) // 3]}) if ordered else []
+    edges = sorted({ordered[(len(ordered) - 1) // 3], ordered[2 * (len(ordered) - 1) // 3]}) if ordered else []
     names = [f"up to {edges[0]} words", *(f"{low + 1} to {high} words" for low, high in pairwise(edges)), f"more than {edges[-1]} words"] if edges else []
     return {row.id: names[sum(words[row.id] > edge for edge in edges)] if row.id in words else "none" for row in rows}
 
@@ -488,13 +497,12 @@ CAUSES = {    # what became of a row: the stage that failed, and what that means
 
 @dataclass(frozen=True)
 class Attribution:
-    "What became of each row, by one metric of the evidence and one of the answer."
+    "What became of each row, by one metric of the evidence and some of the answer."
 
-    causes: Mapping[str, str]     # by row: a name in `CAUSES`
-    evidence: str                 # the metric that says whether the evidence was found: all of it where it is 1
-    answer: str                   # the metric that says whether the answer is right
-    threshold: float              # right from here on
-    level: float = 0.95
+    causes: Mapping[str, str]        # by row: a name in `CAUSES`
+    evidence: str                    # the metric that says whether the evidence was found: all of it where it is 1
+    right: Mapping[str, float]       # metrics of the answer: right where each reaches its value
+    clusters: Mapping[str, str]      # by row: the document that it shares its luck with
 
     @property
     def counts(self) -> dict[str, int]:
@@ -505,8 +513,8 @@ class Attribution:
     @property
     def stages(self) -> dict[str, Score]:
         "The share of rows that each stage lost, with its interval."
-        stages = [CAUSES[cause][0] for cause in self.causes.values()]
-        return {stage: score([float(one == stage) for one in stages], level=self.level) for stage in ("retrieval", "generation", "decision", "system") if stage in stages}
+        stages, groups = [CAUSES[cause][0] for cause in self.causes.values()], [self.clusters[id] for id in self.causes]
+        return {stage: score([float(one == stage) for one in stages], clusters=groups) for stage in ("retrieval", "generation", "decision", "system") if stage in stages}
 
     def rows(self, cause: str) -> list[str]:
         "The ids of the rows of a cause."
@@ -514,41 +522,113 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         "As plain types, for JSON."
-        return {"evidence": self.evidence, "answer": self.answer, "threshold": self.threshold, "counts": self.counts,
+        return {"evidence": self.evidence, "right": dict(self.right), "counts": self.counts,
                 "stages": {stage: found.to_dict() for stage, found in self.stages.items()}, "causes": dict(self.causes)}
 
     def _repr_markdown_(self) -> str:
         lines = ["| what became of it | rows | the stage to fix |", "|:--|--:|:--|"]
         lines += [f"| {cause} | {count} | {CAUSES[cause][0]} |" for cause, count in self.counts.items()]
-        return "\n".join(lines) + f"\n\nEvidence by {self.evidence}, answers right from {self.answer} = {self.threshold:g}."
+        return "\n".join(lines) + f"\n\nEvidence by {self.evidence}; right: {' and '.join(f'{name} at least {limit:g}' for name, limit in self.right.items())}."
 
 
 _EVIDENCE = ("context_recall", "id_based_context_recall", "non_llm_context_recall")
-_RIGHT = {"factual_correctness": 0.5, "semantic_similarity": 0.7, "rouge_score": 0.5}    # right from here on, by convention
+_RIGHT = ({"factual_correctness": 0.5}, {"semantic_similarity": 0.7, "figure_recall": 1.0}, {"rouge_score": 0.5})    # the first of which something was measured
 
 
-def _attribution(evaluation: Evaluation, evidence: str | None, answer: str | None, threshold: float | None) -> Attribution:
-    def chosen(given: str | None, usual: Iterable[str], what: str) -> str:
-        name = given or next((name for name in usual if name in evaluation.metrics), None)
-        if name is None:
-            raise BadInputError(f"No metric says whether {what}.", f"Measure one of {', '.join(usual)}, or name another.")
-        return evaluation._info(name).name
+def _attribution(evaluation: Evaluation, evidence: str | None, right: Mapping[str, float] | None) -> Attribution:
+    usual = next((known for known in _RIGHT if known.keys() & evaluation.metrics.keys()), {})
+    limits = dict(right) if right else {name: limit for name, limit in usual.items() if name in evaluation.metrics}
+    evidence = evidence or next((name for name in _EVIDENCE if name in evaluation.metrics), None)
+    if evidence is None or not limits:
+        what, names = ("the evidence was found", _EVIDENCE) if evidence is None else ("an answer is right", ("factual_correctness", "semantic_similarity", "rouge_score"))
+        raise BadInputError(f"No metric says whether {what}.", f"Measure one of {', '.join(names)}, or name another.")
+    found, answers = evaluation.values(evidence), {name: evaluation.values(name) for name in limits}
+    causes = {row.id: _cause(row, found.get(row.id), {name: answers[name].get(row.id) for name in limits}, limits) for row in evaluation.dataset}
+    return Attribution(causes, evidence, limits, evaluation.clusters())
 
-    evidence, answer = chosen(evidence, _EVIDENCE, "the evidence was found"), chosen(answer, _RIGHT, "the answer is right")
-    limit = _RIGHT.get(answer, 0.5) if threshold is None else threshold
-    found, right = evaluation.values(evidence), evaluation.values(answer)
-    return Attribution({row.id: _cause(row, found.get(row.id), right.get(row.id), limit) for row in evaluation.dataset}, evidence, answer, limit)
 
-
-def _cause(row: EvaluationRow, found: Value | None, right: Value | None, threshold: float) -> str:
+def _cause(row: EvaluationRow, found: Value | None, answers: Mapping[str, Value | None], limits: Mapping[str, float]) -> str:
     "What became of one row."
     refused, decline = bool(row.metadata.get("refused")), row.metadata.get("expected") == "decline"
     if row.error is not None:
         return "failed"
     if decline:
         return "rightly declined" if refused else "answered, should decline"
-    if not refused and isinstance(right, float) and right >= threshold:
+    if not refused and not all(isinstance(value, float) for value in answers.values()):
+        return "not known"
+    if not refused and all(isinstance(value, float) and value >= limits[name] for name, value in answers.items()):
         return "right"
-    if not isinstance(found, float) or not (refused or isinstance(right, float)):
+    if not isinstance(found, float):
         return "not known"
     return f"{'declined' if refused else 'wrong'}, evidence {'found' if found >= 1 else 'missed'}"
+
+# %% ../nbs/evaluation.ipynb #13f5552c
+class NoTestsetError(LlmopsRefError):
+    "No test set came out: the chat model could not do what RAGAS asked of it."
+
+
+PERSONAS = {
+    "Customer": "Knows the product from daily use, not the firm's own words for it; asks short questions with one purpose.",
+    "New employee": "Answers customers' questions and looks up rules, limits and exceptions.",
+}
+
+
+def generate_testset(
+    passages: Sequence[Passage],                          # what to ask about, such as those of a search
+    chat_model: BaseChatModel | str,                      # a capable one, or its spec: the embedded model cannot do this
+    size: int = 10,                                       # questions
+    *,
+    embeddings: Embeddings | str | None = None,           # finds passages that belong together; None: the embedded ones
+    personas: Mapping[str, str] | None = None,            # who asks: names and what they want; None: `PERSONAS`
+    cache: str | os.PathLike[str] | None = None,          # folder for the model's replies
+    name: str = "generated",
+) -> EvaluationDataset:                                   # with a reference and the ids of its passages; to be read before it is used
+    """Let RAGAS write questions with answers from passages: some on one passage, some across several where it sees a link.
+
+    Raises `NoTestsetError` where the model cannot fill in RAGAS' forms, and `BadInputError`.
+    """
+    if not passages or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise BadInputError(f"{len(passages)} passages for {size!r} questions.", "Give passages, and ask for at least 1 question.")
+    judge = LangChainJudge(chat_model, cache=cache)
+    if "smollm2-135m" in judge.model.lower():
+        raise NoTestsetError(f"{judge.model} is too small to write questions: it cannot fill in RAGAS' forms.", "Configure a capable model, such as openai:MODEL with OPENAI_BASE_URL.")
+    vectors = RagasEmbeddings(embeddings)
+    with ThreadPoolExecutor(1) as beside:    # RAGAS starts event loops, which Jupyter's own thread does not allow
+        try:
+            samples = beside.submit(_ask_ragas, passages, judge, vectors, size, personas or PERSONAS).result()
+        except Exception as error:
+            raise NoTestsetError(f"{judge.model} gave no test set: {type(error).__name__}: {str(error)[:200]}", "Use a stronger model, or more and longer passages.") from error
+    rows = {row.id: row for sample in samples if (row := _generated(sample, passages, judge.model)) is not None}
+    if not rows:
+        raise NoTestsetError(f"{judge.model} wrote no question that has an answer.", "Use a stronger model, or more and longer passages.")
+    return EvaluationDataset(tuple(rows.values()), name)
+
+
+def _ask_ragas(passages: Sequence[Passage], judge: LangChainJudge, vectors: RagasEmbeddings, size: int, personas: Mapping[str, str]) -> list[Any]:
+    "RAGAS' samples. Its token counter is replaced: it would fetch a vocabulary from the network."
+    transforms = require("ragas.testset.transforms", extra="evaluation").default_transforms_for_prechunked(judge, vectors)
+    counter = type("Counter", (require("ragas.tokenizers", extra="evaluation").BaseTokenizer,), {
+        "encode": lambda self, text: list(text.encode()), "decode": lambda self, tokens: bytes(tokens).decode(errors="ignore")})()
+    for step in transforms:
+        for part in getattr(step, "transformations", [step]):
+            if hasattr(part, "tokenizer"):
+                part.tokenizer, part.max_token_limit = counter, 4 * part.max_token_limit    # bytes
+    testset = require("ragas.testset", extra="evaluation")
+    persona = require("ragas.testset.persona", extra="evaluation").Persona
+    generator = testset.TestsetGenerator(judge, vectors, persona_list=[persona(name=who, role_description=what) for who, what in personas.items()])
+    document = require("langchain_core.documents", extra="evaluation").Document
+    return list(generator.generate_with_chunks([document(page_content=item.text) for item in passages], size, transforms=transforms).samples)
+
+
+def _generated(sample: Any, passages: Sequence[Passage], model: str) -> EvaluationRow | None:
+    "A row from a sample of RAGAS; None where it holds no question or no answer."
+    from llmops_ref.retrieval_bench import places
+
+    one = sample.eval_sample
+    if not (one.user_input or "").strip() or not (one.reference or "").strip():
+        return None
+    texts = [re.sub(r"^<\d+-hop>\s*", "", text) for text in one.reference_contexts or []]
+    ids = [place for text in texts for item in passages if item.text == text for place in places(item)]
+    id = f"g-{sha256(one.user_input.encode()).hexdigest()[:12]}"
+    metadata = {"kind": sample.synthesizer_name.removesuffix("_query_synthesizer"), "expected": "answer", "written_by": model}
+    return EvaluationRow(id, one.user_input, reference=one.reference, reference_contexts=tuple(texts), reference_context_ids=tuple(dict.fromkeys(ids)), metadata=metadata)

@@ -11,19 +11,22 @@ import html
 import json
 import math
 import os
+import platform
 import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from .core import BadInputError, ContextTooLongError, LlmopsRefError, atomic_path, require
+from .corrected_estimates import CorrectedScore, ppi_mean, rogan_gladen
 from .estimates import estimate, student_quantile
 from .evaluation_data import Claim, EvaluationDataset, Judge, LabelledClaim
 from .scores import Failure, Score, Value, score
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
     from langchain_core.messages import AIMessage, BaseMessage
 
 # %% auto #0
-__all__ = ['JudgeIdentity', 'identity', 'LabelsError', 'JudgeCardError', 'JudgeCard', 'PairJudge', 'labels_hash', 'Preference',
-           'prefer', 'calibrate', 'ChatJudge', 'claims_of', 'LabelsFile', 'LabellingWidget', 'agreement']
+__all__ = ['JudgeIdentity', 'identity', 'LabelsError', 'JudgeCardError', 'JudgeCard', 'PairJudge', 'labels_hash',
+           'checked_labels', 'Preference', 'prefer', 'calibrate', 'ChatJudge', 'corrected_rate', 'claims_of',
+           'LabelsFile', 'LabellingWidget', 'agreement']
 
 # %% ../nbs/judges.ipynb #78e8973b
 @dataclass(frozen=True)
@@ -135,12 +139,13 @@ class JudgeCard:
     seconds_per_claim: float = math.nan         # of wall time, as it was run
     tokens_per_claim: float | None = None       # read and written; None where the judge does not count them
     cost_per_1000: float | None = None          # claims, in the money of the price that was given
+    environment: Mapping[str, str] = field(default_factory=dict)    # device and versions of the calibration
 
     def to_dict(self) -> dict[str, Any]:
         "As plain data that JSON can hold."
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         plain = {name: value.to_dict() if isinstance(value, Score) else value for name, value in plain.items()}
-        return plain | {"seconds_per_claim": self.seconds_per_claim if math.isfinite(self.seconds_per_claim) else None}
+        return plain | {"environment": dict(self.environment), "seconds_per_claim": self.seconds_per_claim if math.isfinite(self.seconds_per_claim) else None}
 
     @classmethod
     def from_dict(cls, plain: Any) -> JudgeCard:
@@ -183,13 +188,8 @@ class JudgeCard:
 
 # %% ../nbs/judges.ipynb #9d6ca7b8
 def _stale(card: JudgeCard, judge: JudgeIdentity, max_age_days: int, data_hash: str | None, today: datetime.date) -> Iterator[str]:
-    "What the card is about, where that is something else."
-    if card.judge != judge.name or card.model != judge.model:
-        yield f"the card is of {card.judge!r} on {card.model!r}, and the run was judged by {judge.name!r} on {judge.model!r}"
-    elif card.prompt_hash != judge.prompt_hash:
-        yield f"the prompt has changed since the card was made ({card.prompt_hash[:12]} then, {judge.prompt_hash[:12]} now)"
-    elif card.threshold != judge.threshold:
-        yield f"the threshold was {card.threshold:g} when the card was made, and is {judge.threshold:g} now"
+    "What the card is about, where that is something else, or too long ago."
+    yield from _about_another(card, judge)
     if data_hash is not None and card.data_hash != data_hash:
         yield f"the card rests on other labels ({card.data_hash[:12]}) than those that are asked for ({data_hash[:12]})"
     age = (today - datetime.date.fromisoformat(card.date)).days
@@ -199,12 +199,23 @@ def _stale(card: JudgeCard, judge: JudgeIdentity, max_age_days: int, data_hash: 
         yield f"the card is {age} days old, and {max_age_days} are allowed"
 
 
+def _about_another(card: JudgeCard, judge: JudgeIdentity) -> Iterator[str]:
+    "How the card's judge is another than this one."
+    if card.judge != judge.name or card.model != judge.model:
+        yield f"the card is of {card.judge!r} on {card.model!r}, and the run was judged by {judge.name!r} on {judge.model!r}"
+    elif card.prompt_hash != judge.prompt_hash:
+        yield f"the prompt has changed since the card was made ({card.prompt_hash[:12]} then, {judge.prompt_hash[:12]} now)"
+    elif card.threshold != judge.threshold:
+        yield f"the threshold was {card.threshold:g} when the card was made, and is {judge.threshold:g} now"
+
+
 def _weak(card: JudgeCard, min_kappa: float, max_failures: float) -> Iterator[str]:
     "What the card says, where that is not enough."
-    kappa, asked = card.kappa.as_misses or card.kappa, max(card.n, 1)
-    failed = card.failures.estimate
-    if not (math.isfinite(kappa.estimate) and math.isfinite(kappa.ci_low)):
-        yield f"kappa cannot be told: {card.kappa.n} of {asked} claims have a verdict, from {card.clusters} texts"
+    kappa, failed = card.kappa.as_misses or card.kappa, card.failures.estimate
+    if not card.kappa.n:
+        yield f"it gave no verdict on any of {card.n} claims"
+    elif not (math.isfinite(kappa.estimate) and math.isfinite(kappa.ci_low)):
+        yield f"kappa cannot be told: {card.kappa.n} of {card.n} claims have a verdict, from {card.clusters} texts"
     elif kappa.ci_low <= 0:
         yield f"kappa is {kappa:.2f}, which cannot be told from chance"
     elif kappa.ci_low < min_kappa:
@@ -224,6 +235,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "date": (lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", value)) and datetime.date.fromisoformat(value) is not None, "a date like 2026-11-30"),
     "threshold": (lambda value: _is_number(value, 0, 1), "a number from 0 to 1"),
     **{name: (lambda value: type(value) is int and value > 0, "a whole number above 0") for name in ("n", "clusters", "positives")},
+    "environment": (lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()), "an object of texts"),
     **{name: (lambda value: value is None or _is_number(value, 0), "a number from 0, or null") for name in ("seconds_per_claim", "tokens_per_claim", "cost_per_1000")},
 }
 _RANGES = {"kappa": (-1.0, 1.0), "length_bias": (-0.5, 0.5), "self_preference": (-1.0, 1.0)}
@@ -283,7 +295,7 @@ def labels_hash(
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _checked_labels(labelled: Sequence[LabelledClaim]) -> tuple[np.ndarray, list[str]]:
+def checked_labels(labelled: Sequence[LabelledClaim]) -> tuple[np.ndarray, list[str]]:
     "Labels and clusters. Raises `LabelsError`."
     repeated = [id for id, count in Counter(item.id for item in labelled).items() if count > 1]
     if repeated:
@@ -419,7 +431,7 @@ def calibrate(
     today: datetime.date | None = None,
 ) -> JudgeCard:
     "Run the judge over labelled claims and say how far it agrees with them. Raises `LabelsError`."
-    right, clusters = _checked_labels(labelled)
+    right, clusters = checked_labels(labelled)
     before, started = dict(getattr(judge, "usage", {})), time.perf_counter()
     values = _judged(judge, [item.claim for item in labelled])
     seconds = (time.perf_counter() - started) / len(values)
@@ -441,6 +453,7 @@ def calibrate(
         self_preference=_self_preference(right[kept], given[kept], mine[kept], groups[kept], level) if known and mine.any() and not mine.all() else None,
         seconds_per_claim=seconds, tokens_per_claim=sum(tokens) / len(right) if used else None,
         cost_per_1000=(tokens[0] * price[0] + tokens[1] * price[1]) / 1e6 / len(right) * 1000 if used and price else None,
+        environment={"device": f"{platform.machine()}, {os.cpu_count()} cores", "llmops-ref": version("llmops-ref"), "python": platform.python_version()},
     )
 
 
@@ -645,6 +658,34 @@ class ChatJudge:
                 self.usage[name] += used.get(name, 0)
         found = _from_logprobs(reply, options) if self.mode == "choice" else None
         return found if found is not None else _from_text(reply, options, self.mode)
+
+# %% ../nbs/judges.ipynb #34069656
+def corrected_rate(
+    values: Mapping[str, Value],                         # the judge's score of every row of the run, by id
+    labels: Mapping[str, bool] | None = None,            # people's, of rows chosen at random; None: correct by the card
+    *,
+    card: JudgeCard | None = None,                       # of the judge
+    judge: Judge | JudgeIdentity | None = None,          # where given, the card must be about it
+    clusters: Mapping[str, str] | None = None,           # of every row
+    population: Literal["more like these", "these"] = "more like these",    # what the rate is of: where the rows came from, or these rows
+    level: float = 0.95,
+) -> CorrectedScore:
+    "The share of rows that people would call supported. Raises `LabelsError` and `JudgeCardError`."
+    if card is not None and judge is not None and (reasons := list(_about_another(card, identity(judge)))):
+        raise JudgeCardError(f"This card cannot correct the run: {reasons[0]}.", "Calibrate the judge that scored the run.")
+    if labels is None:
+        if card is None:
+            raise LabelsError("There is nothing to correct with.", "Give labels of some of the rows, or the judge's card.")
+        verdicts: list[Value] = [value if isinstance(value, Failure) else float(value >= card.threshold) for value in values.values()]
+        return rogan_gladen(verdicts, card.sensitivity, card.specificity, clusters=None if clusters is None else [clusters[id] for id in values], level=level)
+    unknown = [id for id in labels if id not in values]
+    few, rest = [id for id in values if id in labels], [id for id in values if id not in labels]
+    if unknown or len(few) < 4 or len(rest) < 2:
+        raise LabelsError(f"{len(unknown)} labels are of rows that the run does not have." if unknown else f"{len(few)} of {len(values)} rows are labelled.",
+                          "Label at least 4 rows of this run, chosen at random, and leave at least 2.")
+    truth, owners = [float(labels[id]) for id in few], [None if clusters is None else [clusters[id] for id in some] for some in (few, rest)]
+    return ppi_mean(truth, [values[id] for id in few], [values[id] for id in rest], clusters=owners[0], unlabelled_clusters=owners[1],
+                    population=population, level=level)
 
 # %% ../nbs/judges.ipynb #6cdb70fd
 def claims_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from llmops_ref.evaluation_data import EvaluationDataset, EvaluationRow
@@ -49,8 +50,8 @@ class FakeEvaluation:
             groups.setdefault(str(self.dataset[row].metadata.get(by, "all")), []).append(value)
         return [Slice(name, score(values)) for name, values in groups.items()]
 
-    def attribution(self) -> dict[str, int]:
-        return {"good": 3, "retrieval": 2}
+    def attribution(self) -> Any:
+        return SimpleNamespace(counts={"right": 3, "wrong, evidence missed": 2})
 
 
 def rows(n: int, **changes: Any) -> EvaluationDataset:
