@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from langchain_core.embeddings import Embeddings
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage
+from langchain_core.language_models import BaseChatModel, SimpleChatModel
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.outputs import ChatResult
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import BaseModel, ValidationError
 
@@ -39,7 +40,7 @@ from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry,
 from .documents import sentences
 from .engine import tuning_record, usable_cores
 from .evaluation_data import Claim, EvaluationRow, Judge
-from .evidence import amounts_in
+from .evidence import amounts_in, stems
 from .models import load_chat_model, load_embeddings
 from .scores import Failure, FailureKind, Value
 
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['METRICS', 'ModelForJudging', 'MetricSpec', 'JudgeCallError', 'failure_of', 'CallCache', 'chat_identity',
-           'LangChainJudge', 'RagasEmbeddings', 'Metric', 'measure', 'load_metrics', 'as_metric', 'as_judge',
-           'judge_trial']
+           'LangChainJudge', 'RagasEmbeddings', 'RuleChat', 'Metric', 'measure', 'load_metrics', 'as_metric',
+           'as_judge', 'judge_trial']
 
 # %% ../nbs/metrics.ipynb #ed36c407
 @dataclass(frozen=True)
@@ -200,6 +201,11 @@ _OURS = [
         "number_agreement", _OWN, ("response", "retrieved_contexts"),
         "What share of the answer's figures stands in the passages?",
         "a right figure for the wrong thing: the fee of another account",
+    ),
+    MetricSpec(
+        "figure_recall", _OWN, _ANSWER,
+        "Does the answer give the figures of the wanted one?",
+        "what the figure is said of, and everything that is no figure",
     ),
     MetricSpec(
         "citation_validity", _OWN, ("citations", "retrieved_contexts"),
@@ -629,6 +635,39 @@ def _import_ragas(module: str = "ragas.metrics") -> Any:
         require("ragas.embeddings.base", extra="evaluation").BaseRagasEmbedding.register(RagasEmbeddings)
     return found
 
+# %% ../nbs/metrics.ipynb #86302f5d
+class RuleChat(SimpleChatModel):
+    "A chat model that fills in RAGAS' forms by rules, to try metrics and pipelines with; not to judge anything real."
+
+    @property
+    def _llm_type(self) -> str:
+        return "rules"
+
+    async def _agenerate(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> ChatResult:
+        return self._generate(messages, *arguments, **options)
+
+    def _call(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> str:
+        prompt = str(messages[-1].content)
+        given, _ = json.JSONDecoder().raw_decode(prompt.rpartition("\ninput: ")[2] or "{}")
+        text = given.get("answer") or given.get("response") or ""
+        parts = [text[start:end] for start, end in sentences(text)]
+        verdicts = [(part, int(_words_stand_in(part, given.get("context", "")))) for part in given.get("statements", parts)]
+        forms: dict[str, Any] = {
+            "StatementGeneratorOutput": {"statements": parts},
+            "ClaimDecompositionOutput": {"claims": parts},
+            "NLIStatementOutput": {"statements": [{"statement": part, "reason": "by rule", "verdict": yes} for part, yes in verdicts]},
+            "ContextRecallOutput": {"classifications": [{"statement": part, "reason": "by rule", "attributed": yes} for part, yes in verdicts]},
+            "ContextPrecisionOutput": {"reason": "by rule", "verdict": int(any(yes for _, yes in verdicts))},
+            "AnswerRelevanceOutput": {"question": f"{text}?", "noncommittal": int("cannot" in text)},
+        }
+        return json.dumps(next((form for name, form in forms.items() if f'"title": "{name}"' in prompt), {}))
+
+
+def _words_stand_in(statement: str, text: str) -> bool:
+    "Whether a text holds a statement's amounts and at least seven tenths of its content words."
+    words = stems(statement)
+    return amounts_in(statement) <= amounts_in(text) and len(words & stems(text)) >= 0.7 * len(words)
+
 # %% ../nbs/metrics.ipynb #749687d0
 def _lowest_support(judge: Judge, response: str, contexts: Sequence[str], question: str) -> float:
     "Support of the least supported sentence. Raises `JudgeCallError` where the judge fails on one."
@@ -666,6 +705,12 @@ def _number_agreement(response: str, retrieved_contexts: list[str]) -> float:
     return len(named & held) / len(named) if named else 1.0
 
 
+def _figure_recall(response: str, reference: str) -> float:
+    "Share of the reference's numbers and amounts that the response gives; 1 where the reference names none."
+    wanted = amounts_in(reference)
+    return len(wanted & amounts_in(response)) / len(wanted) if wanted else 1.0
+
+
 def _citation_validity(citations: list[Any], retrieved_contexts: list[str]) -> float:
     "Share of the citations whose quotation stands in a passage, white space aside; 0 where nothing is cited."
     quotes = [str(item.get("quote", "")) if isinstance(item, dict) else str(item) for item in citations]
@@ -682,7 +727,7 @@ def _correct_decision(expected: str, refused: bool) -> float:
 
 
 _FUNCTIONS: dict[str, Callable[..., float]] = {
-    "number_agreement": _number_agreement, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
+    "number_agreement": _number_agreement, "figure_recall": _figure_recall, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
 }
 
 
@@ -833,7 +878,7 @@ class Metric:
         "What a card of this metric's judge must have been made of; None where nothing is judged."
         from llmops_ref.judges import identity
 
-        return identity(self.claims_judge or as_judge(self)) if self.judge else None
+        return identity(self.claims_judge or _metric_judge(self, 0.5, 1)) if self.judge else None
 
     @property
     def lowest(self) -> float:
@@ -850,6 +895,11 @@ class Metric:
     def _plan(self) -> _Plan:
         return _plan(self.ragas, self.llm())
 
+    def prepared(self) -> Metric:
+        "The metric with its RAGAS object made: what cannot be made raises here, before anything runs."
+        _ = self._plan
+        return self
+
     def measure(
         self,
         rows: Sequence[EvaluationRow],
@@ -862,8 +912,7 @@ class Metric:
 
     async def values(self, rows: Sequence[EvaluationRow], *, workers: int = 4, timeout: float | None = None) -> dict[str, Value]:
         "`measure`, without blocking the event loop."
-        self._plan  # noqa: B018 - built here, because importing RAGAS takes seconds
-        return (await _LOOP.shared(_measure([self], rows, workers, timeout, None)))[self.name]
+        return (await _LOOP.shared(_measure([self.prepared()], rows, workers, timeout, None)))[self.name]
 
     async def _value(self, row: EvaluationRow, timeout: float | None) -> Value:
         "One row's value; whatever goes wrong is a `Failure`."
@@ -879,7 +928,7 @@ class Metric:
             given = {name: value for name, value in given.items() if value is not None}
             result = await asyncio.wait_for(self._plan.call(given), timeout)
             value = _to_value(result, self.range, self.labels)
-            if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if not given[name]]):
+            if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if given[name] in ("", [])]):
                 value = replace(value, detail=f"{value.detail}; empty: {', '.join(empty)}")
         except Exception as error:
             value = failure_of(error)
@@ -902,11 +951,9 @@ def measure(
 
     Raises `BadInputError` for two metrics of one name.
     """
-    ready = [as_metric(one) for one in metrics]
+    ready = [as_metric(one).prepared() for one in metrics]
     if twice := [name for name, count in Counter(metric.name for metric in ready).items() if count > 1]:
         raise BadInputError(f"There are two metrics named {twice[0]!r}.", "Give each a name of its own.")
-    for metric in ready:
-        metric._plan  # noqa: B018 - built here, so that a metric that cannot be built raises before anything runs
     return _LOOP.run(_measure(ready, rows, workers, timeout, on_value))
 
 
@@ -1182,7 +1229,11 @@ def as_judge(
         raise BadInputError(f"{ready.name} needs {', '.join(sorted(more))}, which a claim has not.", "Use a metric of answers against passages.")
     if ready.claims_judge is not None:
         return ready.claims_judge
-    return _MetricJudge(ready, ready.judge or ready.name, ready.model, ready.fingerprint, threshold, workers)
+    return _metric_judge(ready, threshold, workers)
+
+
+def _metric_judge(metric: Metric, threshold: float, workers: int) -> _MetricJudge:
+    return _MetricJudge(metric, metric.judge or metric.name, metric.model, metric.fingerprint, threshold, workers)
 
 # %% ../nbs/metrics.ipynb #46b8b75b
 def _trial_rows(questions: int) -> list[EvaluationRow]:
@@ -1218,11 +1269,13 @@ def judge_trial(
     rows, began, record = _trial_rows(questions), time.perf_counter(), []
     for metric in load_metrics(names, judge=llm):
         values = metric.measure(rows, workers=1)
-        pairs = list(zip(values.values(), list(values.values())[1:], strict=False))[::2]
+        given = [value if isinstance(value, Failure) else round(value, 3) for value in values.values()]
+        pairs = list(zip(given[::2], given[1::2], strict=True))
         both = [(right, wrong) for right, wrong in pairs if not isinstance(right, Failure) and not isinstance(wrong, Failure)]
-        kinds = Counter(value.kind for value in values.values() if isinstance(value, Failure))
+        failed = [value for value in values.values() if isinstance(value, Failure)]
         record.append({
-            "metric": metric.name, "values": len(values), "failures": dict(kinds), "pairs": len(pairs), "pairs_with_values": len(both),
+            "metric": metric.name, "values": len(values), "failures": dict(Counter(failure.kind for failure in failed)),
+            "why": [detail for detail, _ in Counter(failure.detail for failure in failed).most_common(3)], "pairs": len(pairs), "pairs_with_values": len(both),
             "right_above_wrong": sum(right > wrong for right, wrong in both),
             "right": [value if isinstance(value, float) else value.kind for value, _ in pairs],
             "wrong": [value if isinstance(value, float) else value.kind for _, value in pairs],

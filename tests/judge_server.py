@@ -13,7 +13,7 @@ from typing import Any
 def fill(prompt: str, form: str = "") -> Any:
     "A form filled in by nothing but the prompt, and for forms that stand in no prompt their name."
     number = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-    given = prompt.rpartition("\nInput: ")[2]
+    given = prompt.rpartition("\ninput: ")[2]
     statements = re.findall(r'"((?:[^"\\]|\\.)*)"', given.rpartition('"statements": [')[2])
     if '"title": "StatementGeneratorOutput"' in prompt:
         return {"statements": [f"Statement {i} of {number % 97}. Grüße £{i}" for i in range(1 + number % 3)]}

@@ -603,6 +603,8 @@ def test_a_judge_of_claims_that_misbehaves_is_typed(results, kind):
 OWN = [
     ("number_agreement", {"response": "It is £25, or 3 percent.", "retrieved_contexts": ("£25.00",)}, {}, 0.5),
     ("number_agreement", {"response": "It is free.", "retrieved_contexts": ()}, {}, 1.0),
+    ("figure_recall", {"response": "£15 or 1,000.00 pounds", "reference": "£1000, £20"}, {}, 0.5),
+    ("figure_recall", {"response": "", "reference": "Free."}, {}, 1.0),
     ("citation_validity", {"retrieved_contexts": ("The  fee\nis £25.",)}, {"citations": [{"quote": "fee is £25."}, {"quote": "£26"}]}, 0.5),
     ("citation_validity", {"retrieved_contexts": ("x",)}, {"citations": []}, 0.0),
     ("citation_validity", {"retrieved_contexts": ("x",)}, {"citations": [{"quote": " "}]}, 0.0),
@@ -635,7 +637,9 @@ def test_a_metric_can_be_judged_as_a_judge(server):
     with pytest.raises(BadInputError, match="citations"):
         as_judge("citation_validity")
     assert as_judge("exact_match").judge([Claim("Yes.", ("Yes.",)), Claim("Yes.", ("No.",))]) == [1.0, 0.0]
-    assert as_judge(load_metrics(["groundedness"], judge=SomeJudge())[0]).name == "some"
+    ours = load_metrics(["groundedness"], judge=SomeJudge())[0]
+    assert as_judge(ours).name == "some" == ours.judge_identity.name and ours.judge_identity.threshold == 0.5
+    assert metric.judge_identity.name == metric.judge == "faithfulness:judge" and as_metric("exact_match").judge_identity is None
 
 
 # ---- names, order, loops
