@@ -170,7 +170,7 @@ def _check_fields(metric: Metric, rows: Sequence[EvaluationRow]) -> None:
 
 # %% ../nbs/evaluation.ipynb #10c42b49
 DEFAULT_METRICS = (    # what the embedded default can measure without a large model
-    "id_based_context_recall", "id_based_context_precision", "semantic_similarity", "rouge_score", "groundedness", "number_agreement", "correct_decision",
+    "id_based_context_recall", "id_based_context_precision", "semantic_similarity", "figure_recall", "rouge_score", "groundedness", "number_agreement", "correct_decision",
 )
 
 
@@ -318,9 +318,13 @@ class Evaluation:
         order = sorted(values, key=lambda id: -math.inf if isinstance(value := values[id], Failure) else sign * value)
         return WorstRows(WorstRow(self.dataset[id], metric, values[id]) for id in order[:n])
 
-    def attribution(self, *, evidence: str | None = None, answer: str | None = None, threshold: float | None = None) -> Attribution:
-        "Why each row went wrong: see `Attribution`. Raises `BadInputError` where no metric says whether the evidence was found, or the answer right."
-        return _attribution(self, evidence, answer, threshold)
+    def attribution(self, *, evidence: str | None = None, right: Mapping[str, float] | None = None) -> Attribution:
+        """What became of each row: see `Attribution`.
+
+        `evidence` names the metric that says whether the evidence was found; `right` metrics and the values from which an answer
+        is right. Raises `BadInputError` where none was measured.
+        """
+        return _attribution(self, evidence, right)
 
     def _repr_markdown_(self) -> str:
         return _table(self)
@@ -493,13 +497,12 @@ CAUSES = {    # what became of a row: the stage that failed, and what that means
 
 @dataclass(frozen=True)
 class Attribution:
-    "What became of each row, by one metric of the evidence and one of the answer."
+    "What became of each row, by one metric of the evidence and some of the answer."
 
-    causes: Mapping[str, str]     # by row: a name in `CAUSES`
-    evidence: str                 # the metric that says whether the evidence was found: all of it where it is 1
-    answer: str                   # the metric that says whether the answer is right
-    threshold: float              # right from here on
-    level: float = 0.95
+    causes: Mapping[str, str]        # by row: a name in `CAUSES`
+    evidence: str                    # the metric that says whether the evidence was found: all of it where it is 1
+    right: Mapping[str, float]       # metrics of the answer: right where each reaches its value
+    clusters: Mapping[str, str]      # by row: the document that it shares its luck with
 
     @property
     def counts(self) -> dict[str, int]:
@@ -510,8 +513,8 @@ class Attribution:
     @property
     def stages(self) -> dict[str, Score]:
         "The share of rows that each stage lost, with its interval."
-        stages = [CAUSES[cause][0] for cause in self.causes.values()]
-        return {stage: score([float(one == stage) for one in stages], level=self.level) for stage in ("retrieval", "generation", "decision", "system") if stage in stages}
+        stages, groups = [CAUSES[cause][0] for cause in self.causes.values()], [self.clusters[id] for id in self.causes]
+        return {stage: score([float(one == stage) for one in stages], clusters=groups) for stage in ("retrieval", "generation", "decision", "system") if stage in stages}
 
     def rows(self, cause: str) -> list[str]:
         "The ids of the rows of a cause."
@@ -519,42 +522,43 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         "As plain types, for JSON."
-        return {"evidence": self.evidence, "answer": self.answer, "threshold": self.threshold, "counts": self.counts,
+        return {"evidence": self.evidence, "right": dict(self.right), "counts": self.counts,
                 "stages": {stage: found.to_dict() for stage, found in self.stages.items()}, "causes": dict(self.causes)}
 
     def _repr_markdown_(self) -> str:
         lines = ["| what became of it | rows | the stage to fix |", "|:--|--:|:--|"]
         lines += [f"| {cause} | {count} | {CAUSES[cause][0]} |" for cause, count in self.counts.items()]
-        return "\n".join(lines) + f"\n\nEvidence by {self.evidence}, answers right from {self.answer} = {self.threshold:g}."
+        return "\n".join(lines) + f"\n\nEvidence by {self.evidence}; right: {' and '.join(f'{name} at least {limit:g}' for name, limit in self.right.items())}."
 
 
 _EVIDENCE = ("context_recall", "id_based_context_recall", "non_llm_context_recall")
-_RIGHT = {"factual_correctness": 0.5, "semantic_similarity": 0.7, "rouge_score": 0.5}    # right from here on, by convention
+_RIGHT = ({"factual_correctness": 0.5}, {"semantic_similarity": 0.7, "figure_recall": 1.0}, {"rouge_score": 0.5})    # the first of which something was measured
 
 
-def _attribution(evaluation: Evaluation, evidence: str | None, answer: str | None, threshold: float | None) -> Attribution:
-    def chosen(given: str | None, usual: Iterable[str], what: str) -> str:
-        name = given or next((name for name in usual if name in evaluation.metrics), None)
-        if name is None:
-            raise BadInputError(f"No metric says whether {what}.", f"Measure one of {', '.join(usual)}, or name another.")
-        return evaluation._info(name).name
+def _attribution(evaluation: Evaluation, evidence: str | None, right: Mapping[str, float] | None) -> Attribution:
+    usual = next((known for known in _RIGHT if known.keys() & evaluation.metrics.keys()), {})
+    limits = dict(right) if right else {name: limit for name, limit in usual.items() if name in evaluation.metrics}
+    evidence = evidence or next((name for name in _EVIDENCE if name in evaluation.metrics), None)
+    if evidence is None or not limits:
+        what, names = ("the evidence was found", _EVIDENCE) if evidence is None else ("an answer is right", ("factual_correctness", "semantic_similarity", "rouge_score"))
+        raise BadInputError(f"No metric says whether {what}.", f"Measure one of {', '.join(names)}, or name another.")
+    found, answers = evaluation.values(evidence), {name: evaluation.values(name) for name in limits}
+    causes = {row.id: _cause(row, found.get(row.id), {name: answers[name].get(row.id) for name in limits}, limits) for row in evaluation.dataset}
+    return Attribution(causes, evidence, limits, evaluation.clusters())
 
-    evidence, answer = chosen(evidence, _EVIDENCE, "the evidence was found"), chosen(answer, _RIGHT, "the answer is right")
-    limit = _RIGHT.get(answer, 0.5) if threshold is None else threshold
-    found, right = evaluation.values(evidence), evaluation.values(answer)
-    return Attribution({row.id: _cause(row, found.get(row.id), right.get(row.id), limit) for row in evaluation.dataset}, evidence, answer, limit)
 
-
-def _cause(row: EvaluationRow, found: Value | None, right: Value | None, threshold: float) -> str:
+def _cause(row: EvaluationRow, found: Value | None, answers: Mapping[str, Value | None], limits: Mapping[str, float]) -> str:
     "What became of one row."
     refused, decline = bool(row.metadata.get("refused")), row.metadata.get("expected") == "decline"
     if row.error is not None:
         return "failed"
     if decline:
         return "rightly declined" if refused else "answered, should decline"
-    if not refused and isinstance(right, float) and right >= threshold:
+    if not refused and not all(isinstance(value, float) for value in answers.values()):
+        return "not known"
+    if not refused and all(isinstance(value, float) and value >= limits[name] for name, value in answers.items()):
         return "right"
-    if not isinstance(found, float) or not (refused or isinstance(right, float)):
+    if not isinstance(found, float):
         return "not known"
     return f"{'declined' if refused else 'wrong'}, evidence {'found' if found >= 1 else 'missed'}"
 

@@ -242,7 +242,7 @@ def test_every_row_has_one_cause() -> None:
         row("declined, found", True, True), row("declined, missed", False, True), row("declined rightly", True, True, "decline"),
         row("invented", True, False, "decline"), row("no value", True, response="nothing"), EvaluationRow("failed", "q", error=RowError("upstream", "x")),
     )
-    found = evaluate(EvaluationDataset(rows), [words_metric(), "id_based_context_recall"], progress=False).attribution(answer="words")
+    found = evaluate(EvaluationDataset(rows), [words_metric(), "id_based_context_recall"], progress=False).attribution(right={"words": 0.5})
     assert list(found.causes.values()) == [
         "right", "right", "wrong, evidence found", "wrong, evidence missed", "declined, evidence found", "declined, evidence missed", "rightly declined",
         "answered, should decline", "not known", "failed",
