@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
@@ -23,7 +23,7 @@ from .scores import Failure, Score, Value, _codes, _freedom, _groups, _read, com
 
 # %% auto #0
 __all__ = ['ChanceJudgeError', 'CorrectedScore', 'sensitivity_and_specificity', 'rogan_gladen', 'ppi_mean', 'LabelPoint',
-           'label_curve', 'labels_needed', 'simulate_coverage']
+           'label_curve', 'labels_needed', 'CoverageBench', 'bench_coverage']
 
 # %% ../nbs/corrected_estimates.ipynb #397b32e4
 class ChanceJudgeError(BadInputError):
@@ -171,7 +171,7 @@ def _corrected(
     first, second = _lang_reiczigel(rates, rows, quantile), _score_interval(rates, rows, quantile)
     return (first[0] + second[0]) / 2, (first[1] + second[1]) / 2, math.sqrt(sum(parts))
 
-# %% ../nbs/corrected_estimates.ipynb #bd165679
+# %% ../nbs/corrected_estimates.ipynb #55f9ca23
 @dataclass(frozen=True)
 class _Powered:
     "PPI++ before the interval: the estimate and what moves it."
@@ -182,6 +182,7 @@ class _Powered:
     weight: float
     skew: float          # of the estimate, from its parts
     plain: float         # variance as the paper has it: large samples, rows independent
+    units: float         # labelled groups, or rows where each stands alone; more where the set is finite
 
 
 def _tuned(labels: np.ndarray, judged: np.ndarray, unlabelled: np.ndarray) -> float:
@@ -197,34 +198,39 @@ def _powered(
     unlabelled: np.ndarray,
     codes: np.ndarray,          # groups of the labelled rows, then of the others
     weight: float | None,
+    finite: bool,               # these rows are all there are
 ) -> _Powered:
     "The estimate, and its variance from what each group contributes: labelled and other rows of one document move it together."
     few, many = len(labels), len(unlabelled)
+    left = many / (few + many) if finite else 1.0    # of the rows, what the labels do not tell already
     tuned = _tuned(labels, judged, unlabelled) if weight is None else weight
-    rest = labels - tuned * judged
-    mean = float(rest.mean()) + tuned * float(unlabelled.mean())
-    moves = np.concatenate([(rest - rest.mean()) / few, tuned * (unlabelled - unlabelled.mean()) / many])
+    mean = float((labels - tuned * judged).mean()) + tuned * float(unlabelled.mean())
+    rest = labels - tuned / left * judged            # in a finite set the other rows' mean is known, and no source of error
+    spread = 0.0 if finite else tuned
+    moves = np.concatenate([(rest - rest.mean()) / few, spread * (unlabelled - unlabelled.mean()) / many])
     errors = np.bincount(codes, moves)
     held = np.bincount(codes[:few], minlength=len(errors)) / few    # each group's share of the labels
+    units = float(np.count_nonzero(held)) / left
     if held.max() >= 1:
-        return _Powered(mean, math.nan, math.nan, tuned, 0.0, math.nan)
+        return _Powered(mean, math.nan, math.nan, tuned, 0.0, math.nan, units)
     groups = _groups(rest, np.unique(codes[:few], return_inverse=True)[1])
     free = max(groups.freedom - (tuned > 0 and weight is None), 1.0)    # the weight was estimated too
-    variance = float((errors**2 / (1 - held)).sum()) * groups.freedom / free
+    variance = left * float((errors**2 / (1 - held)).sum()) * groups.freedom / free
     skew = float((errors**3).sum()) / max(float(errors @ errors) ** 1.5, 1e-300)
-    plain = float(rest.var()) / few + tuned**2 * float(unlabelled.var()) / many
-    return _Powered(mean, variance, free, tuned, skew, plain)
+    plain = left * float(rest.var()) / few + spread**2 * float(unlabelled.var()) / many
+    return _Powered(mean, variance, free, tuned, skew, plain, units)
 
-# %% ../nbs/corrected_estimates.ipynb #55f9ca23
+# %% ../nbs/corrected_estimates.ipynb #706d12b0
 def _powered_interval(one: _Powered, labels: np.ndarray, level: float) -> tuple[float, float, str, float | None]:
     "Wilson's with the effective number of rows for labels of 0 and 1, else Student's, with Hall's end on the side of a long tail."
-    if not one.variance > 0:
+    binary = bool(np.isin(labels, (0, 1)).all())
+    if not one.variance > 1e-30 and not (binary and one.variance >= 0):
         return -math.inf, math.inf, "no interval: " + ("one cluster" if math.isnan(one.variance) else "all values are equal"), None
     error, quantile = math.sqrt(one.variance), student_quantile((1 + level) / 2, one.freedom)
-    if np.isin(labels, (0, 1)).all():
+    if binary:
         share = min(max(one.estimate, 0.0), 1.0)
-        effective = share * (1 - share) / one.variance if 0 < share < 1 else float(len(labels))
-        return *wilson_bounds(share, effective, quantile), "PPI++, Wilson with the effective number of rows", effective
+        effective = share * (1 - share) / one.variance if 0 < share < 1 and one.variance > 1e-30 else one.units
+        return *wilson_bounds(share, effective, quantile), "Wilson with the effective number of rows", effective
     bend = one.skew / 3
 
     def back(t: float) -> float:
@@ -232,9 +238,26 @@ def _powered_interval(one: _Powered, labels: np.ndarray, level: float) -> tuple[
 
     low, high = one.estimate - quantile * error, one.estimate + quantile * error
     low, high = (min(low, one.estimate - back(quantile) * error), high) if bend < 0 else (low, max(high, one.estimate - back(-quantile) * error))
-    return low, high, "PPI++, Student", float(labels.var(ddof=1)) / one.variance
+    return low, high, "Student", float(labels.var(ddof=1)) / one.variance
 
-# %% ../nbs/corrected_estimates.ipynb #3cac1f0a
+
+def _check_choices(weight: float | None, population: str, interval: str, level: float) -> None:
+    if (weight is not None and not 0 <= weight <= 1) or not 0 < level < 1:
+        raise BadInputError(f"weight={weight}, level={level} cannot be used.", "Use a weight from 0 to 1, or None for the best, and a level between 0 and 1.")
+    if interval not in ("robust", "normal") or population not in ("more like these", "these"):
+        raise BadInputError(f"interval={interval!r}, population={population!r} cannot be used.", 'Use "robust" or "normal", "more like these" or "these".')
+
+
+def _ends_of(one: _Powered, labels: np.ndarray, level: float, robust: bool) -> tuple[float, float, float, str, float | None, float]:
+    "Estimate, low and high end, method, effective rows and standard error."
+    low, high, method, effective = _powered_interval(one, labels, level)
+    if robust:
+        middle = min(max(one.estimate, 0.0), 1.0) if method.startswith("Wilson") else one.estimate
+        return middle, low, high, method, effective, math.sqrt(one.variance) if one.variance >= 0 else math.nan
+    reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(one.plain)
+    return one.estimate, one.estimate - reach, one.estimate + reach, "normal", effective, math.sqrt(one.plain)
+
+
 def _kinds(failures: Sequence[Failure | None]) -> dict[str, int]:
     "How many failures there are of each kind."
     names = [failure.kind for failure in failures if failure]
@@ -257,15 +280,16 @@ def _owners(
         raise BadInputError(f"{len(first)} and {len(second)} clusters for {few} and {many} rows.", "Name the cluster of each row, in the same order.")
     return [*first, *second], _codes([*first, *second], few + many)
 
-# %% ../nbs/corrected_estimates.ipynb #706d12b0
+# %% ../nbs/corrected_estimates.ipynb #647fd55a
 def ppi_mean(
     labels: Iterable[float],                                 # people's, one for each labelled row: 0 and 1, or grades
     judged: Iterable[Value | None],                          # the judge's scores of the same rows
     unlabelled: Iterable[Value | None],                      # the judge's scores of the rows without labels
     *,
-    clusters: Iterable[Hashable] | None = None,              # of the labelled rows
+    clusters: Iterable[Hashable] | None = None,              # of the labelled rows, where whole clusters were chosen for labelling
     unlabelled_clusters: Iterable[Hashable] | None = None,   # of the others; a document may hold both
     weight: float | None = None,                             # of the judge; None: the best, 0: labels alone, 1: PPI without tuning
+    population: Literal["more like these", "these"] = "more like these",    # what the mean is of: where the rows came from, or these rows
     interval: Literal["robust", "normal"] = "robust",        # "normal": the paper's, for large samples of independent rows
     level: float = 0.95,
 ) -> CorrectedScore:
@@ -276,31 +300,29 @@ def ppi_mean(
     """
     truth, lost = _read(labels)
     (seen, failed), (rest, missing) = _read(judged), _read(unlabelled)
-    if any(lost) or len(truth) != len(seen) or len(truth) < 2 or len(rest) < 2 or not 0 < level < 1 or interval not in ("robust", "normal"):
-        raise BadInputError(
-            f"{len(truth) - sum(map(bool, lost))} labels for {len(seen)} judged rows, and {len(rest)} rows without labels.",
-            "Give a label for each judged row, two or more of each, a level between 0 and 1, and a robust or normal interval.",
-        )
+    if any(lost) or len(truth) != len(seen) or min(len(truth), len(rest)) < 2:
+        told = f"{len(truth) - sum(map(bool, lost))} labels for {len(seen)} judged rows, and {len(rest)} rows without labels."
+        raise BadInputError(told, "Give a label for each judged row, and two or more rows of each kind.")
+    _check_choices(weight, population, interval, level)
     kinds = _kinds([*failed, *missing])
     known = np.concatenate([seen, rest])
     known = known[np.isfinite(known)]
     fill = float(known.mean()) if len(known) else 0.0
     seen, rest = np.where(np.isfinite(seen), seen, fill), np.where(np.isfinite(rest), rest, fill)
     owners, codes = _owners(clusters, unlabelled_clusters, len(truth), len(rest))
-    found = _powered(truth, seen, rest, codes, weight)
-    low, high, method, effective = _powered_interval(found, truth, level)
-    if interval == "normal":
-        reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(found.plain)
-        low, high, method = found.estimate - reach, found.estimate + reach, "PPI++, normal"
-    error = math.sqrt(found.variance if interval == "robust" else found.plain)
-    binary = interval == "robust" and bool(np.isin(truth, (0, 1)).all())
-    middle = min(max(found.estimate, 0.0), 1.0) if binary else found.estimate
-    units = None if owners is None else int(codes.max()) + 1
-    few = None if owners is None else owners[: len(truth)]
-    alone, shown = score(list(truth), clusters=few, level=level), score([*seen, *rest], clusters=owners, level=level)
-    return CorrectedScore(middle, low, high, len(truth) + len(rest), units, sum(kinds.values()), method, kinds, None, level, effective, shown, alone, error, len(truth), found.weight)
+    finite, units = population == "these", None if owners is None else int(codes.max()) + 1
+    found, alone = (_powered(truth, seen, rest, codes, one, finite) for one in (weight, 0.0))
+    shown = score([*seen, *rest], clusters=owners, level=level)
+    middle, low, high, method, effective, error = _ends_of(found, truth, level, interval == "robust")
+    own = _ends_of(alone, truth, level, interval == "robust")
+    groups = None if owners is None else len(np.unique(codes[: len(truth)]))
+    labelled = Score(*own[:3], len(truth), groups, 0, own[3], {}, None, level, own[4])
+    return CorrectedScore(
+        middle, low, high, len(truth) + len(rest), units, sum(kinds.values()), "PPI++, " + method, kinds, None, level, effective,
+        shown, labelled, error, len(truth), found.weight,
+    )  # fmt: skip
 
-# %% ../nbs/corrected_estimates.ipynb #647fd55a
+# %% ../nbs/corrected_estimates.ipynb #6800d502
 @dataclass(frozen=True)
 class LabelPoint:
     "What a number of labels buys, measured by drawing them again and again from rows that are all labelled."
@@ -331,8 +353,8 @@ def label_curve(
 ) -> list[LabelPoint]:
     """Widths and coverage of labels alone and of PPI++ by the number of labels, the other rows serving as unlabelled.
 
-    The labelled rows are drawn without replacement, so as they approach all rows both intervals cover more than they say.
-    Raises `BadInputError` for a size that leaves fewer than two rows on either side.
+    The truth is the mean of all labels, a finite set, and the intervals are those for such a set. Raises `BadInputError`
+    for a size that leaves fewer than two rows on either side.
     """
     truth, scores = np.array(labels, dtype=float), list(judged)
     if not sizes or draws < 2 or min(sizes) < 2 or max(sizes) > len(truth) - 2 or len(truth) != len(scores):
@@ -345,7 +367,7 @@ def label_curve(
             few, rest = order[:size], order[size:]
             held, others = (None if owners is None else [owners[row] for row in some] for some in (few, rest))
             seen, unseen = ([scores[row] for row in some] for some in (few, rest))
-            found.append(ppi_mean(truth[few], seen, unseen, clusters=held, unlabelled_clusters=others, level=level))
+            found.append(ppi_mean(truth[few], seen, unseen, clusters=held, unlabelled_clusters=others, population="these", level=level))
         points.append(_label_point(size, found, float(truth.mean())))
     return points
 
@@ -545,33 +567,79 @@ def _identical_trials() -> Iterator[_Trial]:
             yield _Trial("A/A", kind, n, lambda generator, given=(n, kind): same(generator, *given))  # type: ignore[misc]
 
 
-def simulate_coverage(
-    out: str | Path | None = None,             # where the results go, as JSON; None: nowhere
+@dataclass(frozen=True)
+class CoverageBench:
+    "How often each interval held the truth, design by design."
+
+    sets: int                        # data sets drawn for each design
+    rows: list[dict[str, Any]]       # interval, design, n, covered, below, above (shares), width (median)
+    date: str
+    device: str
+    versions: dict[str, str]
+    level: float = 0.95
+
+    def to_dict(self) -> dict[str, Any]:
+        "As plain data."
+        return asdict(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CoverageBench:
+        "What `bench_coverage` wrote. Raises `BadInputError` for another file."
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise BadInputError(f"{Path(path).name} holds no coverage results: {error}.", "Run `llmops-ref bench coverage` to write them.") from error
+
+    def _repr_markdown_(self) -> str:
+        doubt = math.sqrt(0.95 * 0.05 / self.sets)
+        lines = ["| interval | designs | covered, mean | lowest, in | highest, in | within 3 Monte-Carlo errors |", "|---|---|---|---|---|---|"]
+        for name in dict.fromkeys(row["interval"] for row in self.rows):
+            some = sorted((row for row in self.rows if row["interval"] == name), key=lambda row: float(row["covered"]))
+            ends = [f"{row['covered']:.1%}, {row['design']}, n = {row['n']}" for row in (some[0], some[-1])]
+            near = sum(abs(row["covered"] - self.level) <= 3 * doubt for row in some)
+            lines.append(f"| {name} | {len(some)} | {np.mean([row['covered'] for row in some]):.1%} | {ends[0]} | {ends[1]} | {near} |")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self._repr_markdown_()
+
+
+def bench_coverage(
+    sets: int = 1000,                          # data sets of each design
     *,
-    samples: int = 1000,                       # data sets of each design
+    out: str | Path | None = None,             # where the results go, as JSON; None: nowhere
     intervals: Sequence[str] | None = None,    # such as "mean" or "PPI++"; None: all
     every: int = 1,                            # take only each so-manieth design, for a quick look
-) -> dict[str, Any]:
+    progress: bool = False,                    # print each design when it is done
+) -> CoverageBench:
     """How often every interval of this library holds a truth that is known, by drawing data sets from it.
 
     "A/A" counts the comparisons of identical systems that call no difference. Raises `BadInputError` for an unknown
-    interval or fewer than two samples.
+    interval or fewer than two sets.
     """
     trials = [*_mean_trials(), *_clustered_trials(), *_paired_trials(), *_corrected_trials(), *_identical_trials()]
     known = list(dict.fromkeys(trial.interval for trial in trials))
-    if samples < 2 or every < 1 or (intervals is not None and not set(intervals) <= set(known)):
-        raise BadInputError(f"samples={samples}, every={every}, intervals={intervals} cannot be simulated.", f"Use two samples or more, and intervals from {known}.")
+    if sets < 2 or every < 1 or (intervals is not None and not set(intervals) <= set(known)):
+        raise BadInputError(f"sets={sets}, every={every}, intervals={intervals} cannot be simulated.", f"Use two sets or more, and intervals from {known}.")
     rows = []
     for place, trial in enumerate(trials):
         if (intervals is None or trial.interval in intervals) and place % every == 0:
-            generator = np.random.default_rng(place)
-            ends = np.array([trial.run(generator) for _ in range(samples)])
-            below, above = float((ends[:, 1] < ends[:, 2]).mean()), float((ends[:, 0] > ends[:, 2]).mean())
-            width = float(np.median(ends[:, 1] - ends[:, 0]))
-            rows.append({"interval": trial.interval, "design": trial.design, "n": trial.n, "covered": 1 - below - above, "below": below, "above": above, "width": width})
+            rows.append(_cover(trial, place, sets))
+            if progress:
+                print(f"{trial.interval}, {trial.design}, n = {trial.n}: {rows[-1]['covered']:.1%}", flush=True)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    results = {"samples": samples, "level": 0.95, "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": "CPU", "versions": versions, "rows": rows}
+    found = CoverageBench(sets, rows, datetime.now(UTC).isoformat(timespec="seconds"), platform.machine() + " CPU", versions)
     if out is not None:
         with atomic_path(Path(out)) as path:
-            path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return results
+            path.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+def _cover(trial: _Trial, seed: int, sets: int) -> dict[str, Any]:
+    "One design: shares of intervals that hold the truth, lie below it, and above."
+    generator = np.random.default_rng(seed)
+    ends = np.array([trial.run(generator) for _ in range(sets)])
+    below, above = float((ends[:, 1] < ends[:, 2]).mean()), float((ends[:, 0] > ends[:, 2]).mean())
+    width = float(np.median(ends[:, 1] - ends[:, 0]))
+    covered = round(1 - below - above, 10)
+    return {"interval": trial.interval, "design": trial.design, "n": trial.n, "covered": covered, "below": below, "above": above, "width": width}

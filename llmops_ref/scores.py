@@ -219,7 +219,7 @@ def _bca(groups: _Groups, level: float, bounds: tuple[float, float] | None) -> t
 
 # %% ../nbs/scores.ipynb #6a5d21a6
 _FEW = 8         # groups below which a bootstrap cannot reach far enough
-_MANY = 2000     # groups above which a formula reaches as well
+_MANY = 1000     # groups above which a formula reaches as well
 
 
 def _mean_interval(
