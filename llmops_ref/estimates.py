@@ -5,6 +5,7 @@
 # %% ../nbs/estimates.ipynb #6ca73bba
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -87,6 +88,7 @@ def student_tail(
     return below / 2 if t >= 0 else 1 - below / 2
 
 
+@functools.lru_cache(maxsize=4096)
 def student_quantile(
     chance: float,     # share of the distribution below the quantile, between 0 and 1
     freedom: float,    # degrees of freedom, above 0; need not be whole

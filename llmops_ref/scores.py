@@ -218,7 +218,8 @@ def _bca(groups: _Groups, level: float, bounds: tuple[float, float] | None) -> t
     return float(low), float(high)
 
 # %% ../nbs/scores.ipynb #6a5d21a6
-_FEW = 8    # groups below which a bootstrap cannot reach far enough
+_FEW = 8         # groups below which a bootstrap cannot reach far enough
+_MANY = 1000     # groups above which a formula reaches as well
 
 
 def _mean_interval(
@@ -249,6 +250,8 @@ def _mean_interval(
     quantile, suffix = student_quantile((1 + level) / 2, groups.freedom), ", clustered" if clustered else ""
     if binary:
         return *wilson_bounds(mean, effective, quantile), "Wilson" + suffix, effective
+    if units > _MANY:
+        return *_hall(groups, quantile), "Hall" + suffix, effective
     if units >= _FEW:
         return *_bca(groups, level, bounds if bounded else None), "BCa bootstrap" + suffix, effective
     reach = quantile * math.sqrt(groups.variance)
@@ -322,14 +325,13 @@ def rows_needed(
     "The rows that two systems must share for a difference of `effect` to be found. Raises `BadInputError` for no effect."
     if not effect or not math.isfinite(effect) or not 0 < power < 1:
         raise BadInputError(f"An effect of {effect} cannot be found with power {power}.", "Name the smallest difference that matters, and a power below 1.")
-    many = 2
-    while power_of(effect, spread, many, level=level) < power:
-        many *= 2
-    few = many // 2
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (middle, many) if middle < 2 or power_of(effect, spread, middle, level=level) < power else (few, middle)
-    return many
+    reach = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(max(power, 0.5))
+    rows = max(2, math.ceil((reach * spread / effect) ** 2))
+    while power_of(effect, spread, rows, level=level) < power:    # Student's tails ask for a few more
+        rows += 1
+    while rows > 2 and power_of(effect, spread, rows - 1, level=level) >= power:
+        rows -= 1
+    return rows
 
 # %% ../nbs/scores.ipynb #958ec97b
 Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
@@ -457,7 +459,8 @@ def _gap(first: np.ndarray, second: np.ndarray, codes: np.ndarray | None, level:
     if binary:
         low, high = _tango(wins * effective / rows, losses * effective / rows, effective, quantile)
     else:
-        low, high, *_ = _mean_interval(moved, codes, level, (-1.0, 1.0))
+        reach = 1.0 if spread else max(1.0, float(np.ptp(np.concatenate([first, second]))))
+        low, high, *_ = _mean_interval(moved, codes, level, (-reach, reach))
     return _Gap(low, high, p, test, spread, effective, freedom, binary)
 
 # %% ../nbs/scores.ipynb #f99eedad

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 import llmops_ref.estimates as module
 from llmops_ref import quantization
 from llmops_ref.core import BadInputError
-from llmops_ref.estimates import Estimate, bootstrap_interval, estimate, holm, mcnemar, paired_difference, student_quantile, student_tail
+from llmops_ref.estimates import (
+    Estimate,
+    bootstrap_interval,
+    estimate,
+    holm,
+    mcnemar,
+    paired_difference,
+    student_quantile,
+    student_tail,
+)
 
 WORLDS = {
     "normal": (lambda generator, n: generator.normal(2.0, 1.0, n), 2.0, 0.90),
