@@ -62,7 +62,7 @@ def _number(digits: str) -> str:
     "One way to write a number."
     digits = digits.replace(",", "")
     digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
-    return digits.lstrip("0") or "0"
+    return re.sub(r"^0+(?=\d)", "", digits)
 
 
 def words_of(
@@ -92,12 +92,14 @@ _HOURS = {"second": 1 / 3600, "minut": 1 / 60, "hour": 1.0, "day": 24.0, "week":
 
 
 def _durations(words: Sequence[Word]) -> list[float]:
-    "The spans of time in a text, in hours: a number with a unit of time behind it, or behind the next word."
+    "The spans of time in a text, in hours: a number with a unit of time behind it, or behind one more word (`working days`)."
     found = [336.0 for word in words if word.form == "fortnight"]
     for place, word in enumerate(words):
-        unit = next((_HOURS[after.form] for after in words[place + 1:place + 3] if after.form in _HOURS), None)
-        if word.kind == "number" and unit and ":" not in word.form and word.form.count(".") < 2:
-            found.append(float(word.form) * unit)
+        after = words[place + 1:place + 3]
+        near = after if after and after[0].kind == "word" else after[:1]
+        unit = next((_HOURS[other.form] for other in near if other.form in _HOURS), None)
+        if unit and (word.form == "one" or (word.kind == "number" and ":" not in word.form and word.form.count(".") < 2)):
+            found.append(unit if word.form == "one" else float(word.form) * unit)
     return found
 
 
@@ -208,6 +210,12 @@ def _units(passage: str, reader: TokenReader) -> tuple[_Text, ...]:
     whole = Passage(passage, "", None, None, 0.0, "", 0, len(passage), {})
     texts = [unit.readable() for unit in units_of(whole)] or [passage]
     return tuple(_read(piece, reader) for text in texts for piece in _pieces(text) if words_of(piece))
+
+
+def _gathering(reader: TokenReader) -> Callable[[tuple[str, ...]], _Evidence]:
+    "Passages to evidence, for one call: a passage or a set of passages that claims share is read once."
+    read = lru_cache(maxsize=64)(lambda passage: _units(passage, reader))
+    return lru_cache(maxsize=4)(lambda passages: _evidence(passages, read))
 
 # %% ../nbs/groundedness.ipynb #5d68bc4a
 def _compare(sentence: _Text, evidence: _Evidence) -> tuple[dict[str, float], _Text, tuple[str, ...]]:
@@ -423,7 +431,7 @@ class SentenceSupport:
     score: float                    # 0 (unsupported) to 1
     nearest: str                    # the sentence or row that supports it best
     missing: tuple[str, ...]        # stems and numbers that stand in no passage
-    pulls: Mapping[str, float]      # of each signal, in log-odds against an average sentence, the most harmful first
+    pulls: Mapping[str, float]      # in log-odds against an average sentence, the most harmful first; those of the tokens in one
     signals: Mapping[str, float]
 
 
@@ -500,8 +508,7 @@ class Groundedness:
     def _explained(self, claims: Sequence[Claim]) -> Iterator[Explanation | Failure]:
         if isinstance(claims, (str, Claim)):
             raise BadInputError("One claim was given where a list is expected.", "Pass [claim].")
-        read = lru_cache(maxsize=64)(lambda passage: _units(passage, _shared_reader()))    # a call's claims mostly share passages
-        gathered = lru_cache(maxsize=4)(lambda passages: _evidence(passages, read))
+        gathered = _gathering(_shared_reader())
         for claim in claims:
             checked = _checked(claim)
             if isinstance(checked, Failure):
@@ -513,8 +520,12 @@ class Groundedness:
 
     def _supported(self, text: str, evidence: _Evidence) -> SentenceSupport:
         found, best, missing = _compare(_read(text, _shared_reader()), evidence)
-        pulls = dict(sorted(self.weights.pulls(found).items(), key=lambda item: item[1]))
-        return SentenceSupport(text, self.weights.probability(found), best.text, missing, pulls, found)
+        pulls: dict[str, float] = {}
+        for name, pull in self.weights.pulls(found).items():    # the three of the tokens mean something together only
+            family = "tokens" if name.startswith("tokens") else name
+            pulls[family] = pulls.get(family, 0.0) + pull
+        ordered = dict(sorted(pulls.items(), key=lambda item: item[1]))
+        return SentenceSupport(text, self.weights.probability(found), best.text, missing, ordered, found)
 
 
 def _checked(claim: Claim) -> tuple[list[str], tuple[str, ...]] | Failure:
@@ -540,9 +551,8 @@ def collect(
     kinds: Mapping[str, str] | None = None,        # id to the kind of claim
 ) -> list[dict[str, Any]]:
     "The signals of labelled claims, without their text. Raises `BadInputError` naming the first claim that has none."
-    reader = _shared_reader()
-    gathered = lru_cache(maxsize=4)(lambda passages: _evidence(passages, lambda passage: _units(passage, reader)))
-    rows = []
+    reader, rows = _shared_reader(), []
+    gathered = _gathering(reader)
     for item in [*labelled, *(_elsewhere(labelled) if elsewhere else ())]:
         checked = _checked(item.claim)
         if isinstance(checked, Failure):

@@ -11,13 +11,15 @@ import html
 import json
 import math
 import os
+import platform
 import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from langchain_core.messages import AIMessage, BaseMessage
 
 # %% auto #0
-__all__ = ['JudgeIdentity', 'identity', 'LabelsError', 'JudgeCardError', 'JudgeCard', 'PairJudge', 'labels_hash', 'Preference',
-           'prefer', 'calibrate', 'ChatJudge', 'claims_of', 'LabelsFile', 'LabellingWidget', 'agreement']
+__all__ = ['JudgeIdentity', 'identity', 'LabelsError', 'JudgeCardError', 'JudgeCard', 'PairJudge', 'labels_hash',
+           'checked_labels', 'Preference', 'prefer', 'calibrate', 'ChatJudge', 'claims_of', 'LabelsFile',
+           'LabellingWidget', 'agreement']
 
 # %% ../nbs/judges.ipynb #78e8973b
 @dataclass(frozen=True)
@@ -135,12 +138,13 @@ class JudgeCard:
     seconds_per_claim: float = math.nan         # of wall time, as it was run
     tokens_per_claim: float | None = None       # read and written; None where the judge does not count them
     cost_per_1000: float | None = None          # claims, in the money of the price that was given
+    environment: Mapping[str, str] = field(default_factory=dict)    # device and versions of the calibration
 
     def to_dict(self) -> dict[str, Any]:
         "As plain data that JSON can hold."
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         plain = {name: value.to_dict() if isinstance(value, Score) else value for name, value in plain.items()}
-        return plain | {"seconds_per_claim": self.seconds_per_claim if math.isfinite(self.seconds_per_claim) else None}
+        return plain | {"environment": dict(self.environment), "seconds_per_claim": self.seconds_per_claim if math.isfinite(self.seconds_per_claim) else None}
 
     @classmethod
     def from_dict(cls, plain: Any) -> JudgeCard:
@@ -201,10 +205,11 @@ def _stale(card: JudgeCard, judge: JudgeIdentity, max_age_days: int, data_hash: 
 
 def _weak(card: JudgeCard, min_kappa: float, max_failures: float) -> Iterator[str]:
     "What the card says, where that is not enough."
-    kappa, asked = card.kappa.as_misses or card.kappa, max(card.n, 1)
-    failed = card.failures.estimate
-    if not (math.isfinite(kappa.estimate) and math.isfinite(kappa.ci_low)):
-        yield f"kappa cannot be told: {card.kappa.n} of {asked} claims have a verdict, from {card.clusters} texts"
+    kappa, failed = card.kappa.as_misses or card.kappa, card.failures.estimate
+    if not card.kappa.n:
+        yield f"it gave no verdict on any of {card.n} claims"
+    elif not (math.isfinite(kappa.estimate) and math.isfinite(kappa.ci_low)):
+        yield f"kappa cannot be told: {card.kappa.n} of {card.n} claims have a verdict, from {card.clusters} texts"
     elif kappa.ci_low <= 0:
         yield f"kappa is {kappa:.2f}, which cannot be told from chance"
     elif kappa.ci_low < min_kappa:
@@ -224,6 +229,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "date": (lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d{4}-\d\d-\d\d", value)) and datetime.date.fromisoformat(value) is not None, "a date like 2026-11-30"),
     "threshold": (lambda value: _is_number(value, 0, 1), "a number from 0 to 1"),
     **{name: (lambda value: type(value) is int and value > 0, "a whole number above 0") for name in ("n", "clusters", "positives")},
+    "environment": (lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()), "an object of texts"),
     **{name: (lambda value: value is None or _is_number(value, 0), "a number from 0, or null") for name in ("seconds_per_claim", "tokens_per_claim", "cost_per_1000")},
 }
 _RANGES = {"kappa": (-1.0, 1.0), "length_bias": (-0.5, 0.5), "self_preference": (-1.0, 1.0)}
@@ -283,7 +289,7 @@ def labels_hash(
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _checked_labels(labelled: Sequence[LabelledClaim]) -> tuple[np.ndarray, list[str]]:
+def checked_labels(labelled: Sequence[LabelledClaim]) -> tuple[np.ndarray, list[str]]:
     "Labels and clusters. Raises `LabelsError`."
     repeated = [id for id, count in Counter(item.id for item in labelled).items() if count > 1]
     if repeated:
@@ -419,7 +425,7 @@ def calibrate(
     today: datetime.date | None = None,
 ) -> JudgeCard:
     "Run the judge over labelled claims and say how far it agrees with them. Raises `LabelsError`."
-    right, clusters = _checked_labels(labelled)
+    right, clusters = checked_labels(labelled)
     before, started = dict(getattr(judge, "usage", {})), time.perf_counter()
     values = _judged(judge, [item.claim for item in labelled])
     seconds = (time.perf_counter() - started) / len(values)
@@ -441,6 +447,7 @@ def calibrate(
         self_preference=_self_preference(right[kept], given[kept], mine[kept], groups[kept], level) if known and mine.any() and not mine.all() else None,
         seconds_per_claim=seconds, tokens_per_claim=sum(tokens) / len(right) if used else None,
         cost_per_1000=(tokens[0] * price[0] + tokens[1] * price[1]) / 1e6 / len(right) * 1000 if used and price else None,
+        environment={"device": f"{platform.machine()}, {os.cpu_count()} cores", "llmops-ref": version("llmops-ref"), "python": platform.python_version()},
     )
 
 
