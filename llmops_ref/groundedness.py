@@ -10,6 +10,7 @@ import os
 import re
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -124,8 +125,7 @@ def _turned(sentence: set[str], unit: set[str]) -> int:
     return sum(word not in unit and any(other in unit and other not in sentence for other in _OPPOSITES.get(word, ())) for word in sentence)
 
 # %% ../nbs/groundedness.ipynb #a9ec3217
-_MOST, _PIECE = 200_000, 800                           # characters of passages that a claim may have; of a sentence that are read at once
-_CLAIM = 20_000                                        # characters that a claim may have
+_PIECE = 800                                           # characters of a sentence that the model reads at once
 _DEPTHS = tuple(DEPTHS.index(depth) for depth in (2, 6))
 
 
@@ -205,11 +205,16 @@ def _evidence(passages: Sequence[str], read: Callable[[str], tuple[_Text, ...]])
     return _Evidence(units, frozenset(forms), frozenset(form[:5] for form in forms if len(form) >= 5), frozenset(pairs), tuple(durations))
 
 
-def _units(passage: str, reader: TokenReader) -> tuple[_Text, ...]:
-    "The sentences and rows of a passage; the whole passage where it has only headings."
+@lru_cache(maxsize=64)
+def _unit_texts(passage: str) -> tuple[str, ...]:
+    "The sentences and rows of a passage, each once; the whole passage where it has only headings."
     whole = Passage(passage, "", None, None, 0.0, "", 0, len(passage), {})
     texts = [unit.readable() for unit in units_of(whole)] or [passage]
-    return tuple(_read(piece, reader) for text in texts for piece in _pieces(text) if words_of(piece))
+    return tuple(dict.fromkeys(piece for text in texts for piece in _pieces(text) if words_of(piece)))
+
+
+def _units(passage: str, reader: TokenReader) -> tuple[_Text, ...]:
+    return tuple(_read(text, reader) for text in _unit_texts(passage))
 
 
 def _gathering(reader: TokenReader) -> Callable[[tuple[str, ...]], _Evidence]:
@@ -365,15 +370,26 @@ def _newton(rows: np.ndarray, labels: np.ndarray, importance: np.ndarray, penalt
     return weights
 
 
+_SHARES = {"supported": 0.5, "unsupported": 0.4, "elsewhere": 0.1}    # of a set's weight
+
+
+def _importance(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    "What each claim counts for, shape (rows,): within a set, half goes to the supported claims, and little to the easy cases."
+    groups = [(row["set"], "supported" if row["label"] else "elsewhere" if row["kind"] == "elsewhere" else "unsupported") for row in rows]
+    sizes, sets = Counter(groups), Counter(of for of, _ in groups)
+    denied = {of: sum(_SHARES[kind] for kind in ("unsupported", "elsewhere") if sizes[of, kind]) for of in sets}
+    share = {(of, kind): 0.5 if kind == "supported" else 0.5 * _SHARES[kind] / denied[of] for of, kind in sizes}
+    return np.array([share[group] * sets[group[0]] / sizes[group] for group in groups])
+
+
 def _fit(rows: Sequence[Mapping[str, Any]], names: Sequence[str], penalty: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Means, scales, and the intercept with the weights. Both kinds of claim count the same within each set."
-    labels, sets = np.array([row["label"] for row in rows], bool), np.array([row["set"] for row in rows])
+    "Means, scales, and the intercept with the weights."
+    labels = np.array([row["label"] for row in rows], bool)
     if min(labels.sum(), (~labels).sum()) < 10:
         raise WeightsError(f"{labels.sum()} supported and {(~labels).sum()} unsupported claims are too few.", "Give at least 10 of each, better 100.")
     values = np.array([[row["signals"][name] for name in names] for row in rows])
-    importance = np.array([0.5 / np.mean(labels[sets == of] == label) for of, label in zip(sets, labels, strict=True)])
     mean, scale = values.mean(0), values.std(0) + 1e-9
-    return mean, scale, _newton((values - mean) / scale, labels, importance, penalty)
+    return mean, scale, _newton((values - mean) / scale, labels, _importance(rows), penalty)
 
 
 def cross_validated(
@@ -416,11 +432,12 @@ def fit_weights(
 
 # %% ../nbs/groundedness.ipynb #6c50675a
 RULES = "1"    # changes whenever the signals are computed otherwise
-_MARKS = re.compile(r"\[\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*\]")           # citations: [2], [1, 3]
+_LIMITS = {"characters": (20_000, 100_000), "sentences": (100, 1_000)}    # of a claim, and of its passages together
+_MARKS = re.compile(r"\s?\[\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*\]")           # citations: [2], [1, 3]
 _COURTESY = re.compile(r"""\W*(?:i\ hope\ (?:this|that)\ (?:helps|is\ helpful|answers\ your\ question)|thanks?(?:\ you)?(?:\ for\ (?:asking|your\ (?:question|patience)))?
     |(?:please\ )?(?:let\ me\ know|feel\ free\ to\ ask)\ if\ you\ (?:have|need)\ (?:any\ )?(?:(?:other|more|further)\ )?(?:questions?|help|anything\ else)
     |is\ there\ anything\ else\ i\ can\ help\ (?:you\ )?with|(?:kind|best)\ regards|hello|hi|you(?:'|’|\ a)re\ welcome)\W*""", re.IGNORECASE | re.VERBOSE)
-_ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+", re.MULTILINE)     # of a list
+_ITEM = re.compile(r"^[ \t]*(?:[-*•]|\d{1,2}[.)])\s+", re.MULTILINE)     # of a list
 
 
 @dataclass(frozen=True)
@@ -502,7 +519,7 @@ class Groundedness:
         "Which sentence decides, and which signal. Raises `BadInputError` for a claim that has no score."
         found = next(self._explained([claim]))
         if isinstance(found, Failure):
-            raise BadInputError(f"The claim has no score: {found.detail}", "Give a text that says something, and passages with text.")
+            raise BadInputError(f"The claim has no score: {found.detail}.", "Give a text that says something, and passages with text.")
         return found
 
     def _explained(self, claims: Sequence[Claim]) -> Iterator[Explanation | Failure]:
@@ -516,7 +533,7 @@ class Groundedness:
                 continue
             texts, passages = checked
             evidence = gathered(passages)
-            yield Explanation(tuple(self._supported(text, evidence) for text in texts)) if evidence.units else Failure("missing_field", "no passage has text")
+            yield Explanation(tuple(self._supported(text, evidence) for text in texts))
 
     def _supported(self, text: str, evidence: _Evidence) -> SentenceSupport:
         found, best, missing = _compare(_read(text, _shared_reader()), evidence)
@@ -532,14 +549,26 @@ def _checked(claim: Claim) -> tuple[list[str], tuple[str, ...]] | Failure:
     "The claim's sentences and its passages, cleaned, or why it cannot be judged."
     if not isinstance(claim.text, str) or isinstance(claim.passages, str) or not all(isinstance(passage, str) for passage in claim.passages or ()):
         return Failure("missing_field", "the claim is no text, or its passages are no list of texts")
-    if len(claim.text) > _CLAIM or sum(map(len, claim.passages or ())) > _MOST:
-        return Failure("out_of_range", f"the claim has more than {_CLAIM:,} characters, or its passages more than {_MOST:,}")
-    text, passages = _ITEM.sub("", _MARKS.sub("", _clean(claim.text))), tuple(_clean(passage) for passage in claim.passages or ())
+    given = tuple(claim.passages or ())
+    if (large := _too_large("characters", len(claim.text), sum(map(len, given)))) is not None:
+        return large
+    text, passages = _ITEM.sub("", _MARKS.sub("", _clean(claim.text))), tuple(map(_clean, given))
     texts = [piece for start, end in sentences(text) for piece in _pieces(" ".join(text[start:end].split()))]
     texts = [piece for piece in texts if any(_WEIGHT[word.kind] for word in words_of(piece)) and not _COURTESY.fullmatch(piece)]
-    if not any(passage.strip() for passage in passages):
-        return Failure("missing_field", "there are no passages")
-    return (texts, passages) if texts else Failure("missing_field", "the claim says nothing that could be checked")
+    held = sum(len(_unit_texts(passage)) for passage in passages)
+    if not held:
+        return Failure("missing_field", "there are no passages with text")
+    if not texts:
+        return Failure("missing_field", "the claim says nothing that could be checked")
+    return _too_large("sentences", len(texts), held) or (texts, passages)
+
+
+def _too_large(what: str, claim: int, passages: int) -> Failure | None:
+    "Whether a claim would take too long."
+    most = _LIMITS[what]
+    if claim <= most[0] and passages <= most[1]:
+        return None
+    return Failure("out_of_range", f"the claim has {claim:,} {what} and its passages {passages:,}; {most[0]:,} and {most[1]:,} are the most")
 
 # %% ../nbs/groundedness.ipynb #41db4d2c
 def collect(

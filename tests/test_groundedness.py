@@ -83,7 +83,7 @@ def test_spans_of_time_agree_across_units():
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_text_can_be_read(text):
     words = words_of(text)
     assert all(word.form for word in words)
@@ -159,6 +159,7 @@ def test_what_decides_is_in_the_prompt(judge):
     (Claim("Plus costs £8.", ()), "missing_field"), (Claim("Plus costs £8.", ("  \n", "")), "missing_field"), (Claim("Plus costs £8.", ("---\n***",)), "missing_field"),
     (Claim("Plus costs £8.", "one text"), "missing_field"), (Claim(None, (PASSAGE,)), "missing_field"), (Claim("Plus costs £8.", None), "missing_field"),
     (Claim("Plus costs £8.", (PASSAGE, None)), "missing_field"), (Claim("a" * 1_000_000, (PASSAGE,)), "out_of_range"), (Claim("Plus costs £8.", (PASSAGE * 1000,)), "out_of_range"),
+    (Claim("Cats purr. " * 101, (PASSAGE,)), "out_of_range"), (Claim("Plus costs £8.", (" ".join(f"Account {number} is free." for number in range(1001)),)), "out_of_range"),
 ])
 def test_a_claim_that_cannot_be_judged_fails_for_itself(judge, claim, kind):
     good = Claim("Cryptocurrency is not covered by the scheme.", (PASSAGE,))
@@ -175,9 +176,9 @@ def test_hidden_characters_change_nothing(judge):
 
 def test_long_texts_are_read_whole_in_pieces(judge):
     padding = "word " * 390
-    found = judge.explain(Claim(f"{padding}the fee is £999 {padding}", (f"{padding} {padding}",)))
+    found = judge.explain(Claim(f"{padding}the fee is £999 {padding}", (padding,)))
     assert len(found.sentences) > 3 and found.score < min(sentence.score for sentence in found.sentences if "999" not in sentence.text)
-    assert len(values(judge, "x" * 20_000)) == 1
+    assert isinstance(values(judge, "x" * 5000)[0], float)
 
 
 @given(st.text(max_size=120), st.lists(st.text(max_size=200), max_size=2))
@@ -197,7 +198,7 @@ def test_one_claim_is_no_list(judge):
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=4, max_size=40).filter(lambda rows: len({label for label, _ in rows}) == 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_auroc_is_that_of_scikit_learn(rows):
     from sklearn.metrics import roc_auc_score
 
