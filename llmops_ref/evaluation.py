@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .core import BadInputError, LlmopsRefError, atomic_path, require
+from .corrected_estimates import CorrectedScore, label_curve, labels_needed, ppi_mean, rogan_gladen
 from llmops_ref.evaluation_data import (
     Claim,
     DatasetFormatError,
@@ -47,6 +48,7 @@ from llmops_ref.evaluation_data import (
     run_rag,
 )
 from .groundedness import Groundedness
+from .judge_bench import JudgeBench, bench_judge
 from .judges import ChatJudge, JudgeCard, JudgeCardError, JudgeIdentity, LabellingWidget, calibrate, identity
 from .metrics import METRICS, LangChainJudge, Metric, RagasEmbeddings, as_judge, as_metric, load_metrics, measure
 from .release_gate import Check, Gate, GateFileError, GateResult, JudgeRule
@@ -64,7 +66,8 @@ __all__ = ['DEFAULT_METRICS', 'CAUSES', 'PERSONAS', 'MetricInfo', 'evaluate', 'E
            'Slices', 'WorstRow', 'WorstRows', 'Attribution', 'NoTestsetError', 'generate_testset', 'Claim',
            'DatasetFormatError', 'EvaluationDataset', 'EvaluationRow', 'Judge', 'LabelledClaim', 'RowError',
            'RunFileError', 'RunLockedError', 'load_labelled', 'run_rag', 'Comparison', 'Failure', 'Score', 'Value',
-           'compare', 'compare_all', 'score', 'Groundedness', 'ChatJudge', 'JudgeCard', 'JudgeCardError',
+           'compare', 'compare_all', 'score', 'CorrectedScore', 'label_curve', 'labels_needed', 'ppi_mean',
+           'rogan_gladen', 'Groundedness', 'ChatJudge', 'JudgeBench', 'bench_judge', 'JudgeCard', 'JudgeCardError',
            'JudgeIdentity', 'LabellingWidget', 'calibrate', 'identity', 'METRICS', 'LangChainJudge', 'Metric',
            'as_judge', 'as_metric', 'load_metrics', 'measure', 'Check', 'Gate', 'GateFileError', 'GateResult',
            'JudgeRule', 'write_report']
@@ -72,9 +75,11 @@ __all__ = ['DEFAULT_METRICS', 'CAUSES', 'PERSONAS', 'MetricInfo', 'evaluate', 'E
 # %% ../nbs/evaluation.ipynb #10acf045
 _all_ = [
     "Claim", "DatasetFormatError", "EvaluationDataset", "EvaluationRow", "Judge", "LabelledClaim", "RowError", "RunFileError", "RunLockedError",
-    "load_labelled", "run_rag", "Comparison", "Failure", "Score", "Value", "compare", "compare_all", "score", "Groundedness", "ChatJudge", "JudgeCard",
-    "JudgeCardError", "JudgeIdentity", "LabellingWidget", "calibrate", "identity", "METRICS", "LangChainJudge", "Metric", "as_judge", "as_metric",
-    "load_metrics", "measure", "Check", "Gate", "GateFileError", "GateResult", "JudgeRule", "write_report",
+    "load_labelled", "run_rag",
+    "Comparison", "Failure", "Score", "Value", "compare", "compare_all", "score", "CorrectedScore", "label_curve", "labels_needed", "ppi_mean", "rogan_gladen",
+    "Groundedness", "ChatJudge", "JudgeBench", "bench_judge", "JudgeCard", "JudgeCardError", "JudgeIdentity", "LabellingWidget", "calibrate", "identity",
+    "METRICS", "LangChainJudge", "Metric", "as_judge", "as_metric", "load_metrics", "measure",
+    "Check", "Gate", "GateFileError", "GateResult", "JudgeRule", "write_report",
 ]
 
 # %% ../nbs/evaluation.ipynb #d81ff3a3
@@ -218,7 +223,7 @@ def evaluate(
         _check_fields(metric, [row for row in dataset if _in_question(metric, row)])
     began = time.perf_counter()
     found = _measured(ready, dataset, _ValueCache(None if cache is None else Path(cache), retry_failures), workers, timeout, progress)
-    identities = {metric.judge: identity for metric in ready if metric.judge and (identity := getattr(metric, "judge_identity", None)) is not None}
+    identities = {metric.judge: judged for metric in ready if metric.judge and (judged := metric.judge_identity) is not None}
     known = {name: card for name, card in (cards or {}).items() if name in {metric.judge for metric in ready}}
     return Evaluation(dataset, {metric.name: MetricInfo.of(metric) for metric in ready}, found, known, identities, _environment(dataset, time.perf_counter() - began))
 
@@ -309,7 +314,7 @@ class Evaluation:
         return {
             "llmops_ref_evaluation": 1, "dataset": self.dataset.name, "questions_hash": self.dataset.questions_hash, "settings": dict(self.dataset.settings),
             "environment": dict(self.environment), "metrics": infos, "scores": {name: found.to_dict() for name, found in self.scores.items()},
-            "judges": {name: asdict(identity) for name, identity in self.judges.items()}, "cards": {name: card.to_dict() for name, card in self.cards.items()},
+            "judges": {name: asdict(judge) for name, judge in self.judges.items()}, "cards": {name: card.to_dict() for name, card in self.cards.items()},
             "values": {name: {id: _value_to_json(value) for id, value in values.items()} for name, values in self.measured.items()},
             "rows": [row.to_dict() for row in self.dataset],
         }
@@ -400,7 +405,7 @@ def _judged(plain: Mapping[str, Any], path: Path) -> tuple[dict[str, JudgeCard],
         return {}, {}
     try:
         cards = {name: JudgeCard.from_dict(card) for name, card in plain["cards"].items()}
-        return cards, {name: JudgeIdentity(**identity) for name, identity in plain["judges"].items()}
+        return cards, {name: JudgeIdentity(**judge) for name, judge in plain["judges"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EvaluationFileError(f"{path.name} holds a judge that cannot be read: {error}.", "Evaluate again.") from error
 
