@@ -11,6 +11,7 @@ import contextvars
 import copy
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -280,6 +281,28 @@ def _short(text: str, most: int = 300) -> str:
     return line if len(line) <= most else f"{line[:most]}…"
 
 # %% ../nbs/metrics.ipynb #f6bb1df2
+class _UnawaitedThreads(concurrent.futures.ThreadPoolExecutor):
+    "A thread for each call, which nobody waits for at the end of the program."
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                outcome = function(*arguments, **options)
+            except Exception as error:
+                future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+            except BaseException as error:    # sys.exit() in somebody's metric must not end the loop
+                future.set_exception(RuntimeError(repr(error)))
+            else:
+                future.set_result(outcome)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future
+
+# %% ../nbs/metrics.ipynb #6196f7ae
 _Result = TypeVar("_Result")
 
 
@@ -295,6 +318,7 @@ class _PrivateLoop:
         with self._lock:
             if self._loop is None or self._thread is None or not self._thread.is_alive():    # not alive: after a fork
                 self._loop = asyncio.new_event_loop()
+                self._loop.set_default_executor(_UnawaitedThreads())
                 self._thread = threading.Thread(target=self._loop.run_forever, name="llmops-ref-metrics", daemon=True)
                 self._thread.start()
             return self._loop
@@ -324,27 +348,13 @@ class _PrivateLoop:
 
 _LOOP = _PrivateLoop()
 
-# %% ../nbs/metrics.ipynb #6196f7ae
-async def _in_thread(function: Callable[[], _Result]) -> _Result:
-    "Run blocking code without blocking the loop, in a thread that does not hold up the end of the program if it hangs."
-    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-    future: asyncio.Future[_Result] = loop.create_future()
-
-    def settle(give: Callable[[Any], None], outcome: Any) -> None:
-        if not future.done():
-            give(outcome)
-
-    def work() -> None:
-        try:
-            outcome = context.run(function)
-        except Exception as error:
-            problem = RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
-            loop.call_soon_threadsafe(settle, future.set_exception, problem)
-        else:
-            loop.call_soon_threadsafe(settle, future.set_result, outcome)
-
-    threading.Thread(target=work, daemon=True).start()
-    return await future
+# %% ../nbs/metrics.ipynb #295ec701
+async def _contained(work: Awaitable[_Result]) -> _Result:
+    "What `work` gives; its attempt to end the program is an error like others."
+    try:
+        return await work
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise RuntimeError(repr(error)) from error
 
 
 @dataclass
@@ -457,7 +467,7 @@ def _read_reply(reply: _Reply, form: type[_Form]) -> _Form:
     "The form that the reply fills in, alone or inside a code block or other text. Raises `JudgeCallError`."
     if reply.refusal:
         raise JudgeCallError(Failure("refused", _short(reply.refusal)))
-    text = reply.text.strip()
+    text = reply.text.rpartition("</think>")[2].strip()    # what a reasoning model thinks before is no reply
     with_rest = [text[text.index("{"):]] if "{" in text else []
     problem = "there is no JSON in it"
     for candidate in [text, *_FENCED.findall(text), *with_rest]:
@@ -510,11 +520,12 @@ def _recall(judge: LangChainJudge, key: str, form: type[_Form]) -> _Form | None:
 async def _send(judge: LangChainJudge, prompt: str, form: type[BaseModel]) -> Any:
     "Ask the model, with the schema where its interface takes one and its server does not refuse it."
     chat, messages = judge.chat_model, [HumanMessage(prompt)]
-    if not judge.sends_schema:
-        return await chat.ainvoke(messages)
-    if not isinstance(chat, BaseChatOpenAI):
-        takes = type(chat).bind_tools is not BaseChatModel.bind_tools
-        return await (chat.with_structured_output(form, include_raw=True) if takes else chat).ainvoke(messages)
+    if judge.sends_schema and not isinstance(chat, BaseChatOpenAI) and type(chat).bind_tools is not BaseChatModel.bind_tools:
+        asked: Any = chat.with_structured_output(form, include_raw=True)
+    else:
+        asked = chat
+    if not judge.sends_schema or not isinstance(chat, BaseChatOpenAI):
+        return await asked.ainvoke(messages)
     schema = {"name": form.__name__, "schema": _closed(form.model_json_schema()), "strict": True}
     try:
         return await chat.ainvoke(messages, response_format={"type": "json_schema", "json_schema": schema})
@@ -625,12 +636,12 @@ class RagasEmbeddings:
         return (await self.aembed_texts([text]))[0]
 
 
-def _import_ragas(module: str = "ragas.metrics") -> Any:
-    "A module of RAGAS, which then knows our two adapters; telemetry off before it is imported."
+def _import_ragas() -> Any:
+    "RAGAS' metrics, told of our two adapters; telemetry off before they are imported."
     disable_telemetry()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)    # of its own imports
-        found = require(module, extra="evaluation")
+        found = require("ragas.metrics", extra="evaluation")
         require("ragas.llms.base", extra="evaluation").InstructorBaseRagasLLM.register(LangChainJudge)
         require("ragas.embeddings.base", extra="evaluation").BaseRagasEmbedding.register(RagasEmbeddings)
     return found
@@ -687,7 +698,7 @@ def _support_metric(judge: Judge, *, yes_or_no: bool) -> Any:
     "`groundedness` or `grounded`, as a RAGAS metric."
     async def support(response: str, retrieved_contexts: list[str], user_input: str = "") -> float:
         try:
-            lowest = await _in_thread(partial(_lowest_support, judge, response, retrieved_contexts, user_input))
+            lowest = await asyncio.to_thread(_lowest_support, judge, response, retrieved_contexts, user_input)
         except Exception as error:
             if (row := _row_calls.get()) is not None:    # RAGAS turns errors of custom metrics into None
                 row.failures.append(failure_of(error))
@@ -738,9 +749,10 @@ def _build(spec: MetricSpec, llm: Any, embeddings: Any, claims_judge: Judge | No
         return _support_metric(claims_judge, yes_or_no=spec.name == "grounded")
     if spec.source == _OWN:
         return _import_ragas().numeric_metric(name=spec.name, allowed_values=(0.0, 1.0))(_FUNCTIONS[spec.name])
+    _import_ragas()
     module, _, name = spec.source.partition(":")
     parts = {"llm": llm() if spec.judge else None, "embeddings": embeddings() if spec.embeddings else None}
-    return getattr(_import_ragas(module), name)(**{part: value for part, value in parts.items() if value is not None})
+    return getattr(importlib.import_module(module), name)(**{part: value for part, value in parts.items() if value is not None})
 
 # %% ../nbs/metrics.ipynb #b72a0a87
 @dataclass(frozen=True)
@@ -786,7 +798,7 @@ def _awaited(obj: Any) -> Callable[[dict[str, Any]], Awaitable[Any]]:
         with lock:
             return asyncio.run(obj.ascore(**values))
 
-    return lambda values: _in_thread(partial(run, values))
+    return lambda values: asyncio.to_thread(run, values)
 
 
 def _plan_of_columns(obj: Any) -> _Plan:
@@ -926,7 +938,7 @@ class Metric:
             if missing:
                 return Failure("missing_field", ", ".join(missing))
             given = {name: value for name, value in given.items() if value is not None}
-            result = await asyncio.wait_for(self._plan.call(given), timeout)
+            result = await asyncio.wait_for(_contained(self._plan.call(given)), timeout)
             value = _to_value(result, self.range, self.labels)
             if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if given[name] in ("", [])]):
                 value = replace(value, detail=f"{value.detail}; empty: {', '.join(empty)}")
@@ -975,9 +987,12 @@ async def _measure(
             if on_value is not None:
                 on_value(metric.name, row.id, value)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(max(1, workers)):
-            group.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(max(1, workers)):
+                group.create_task(work())
+    except BaseExceptionGroup as errors:    # only `on_value` can raise: the caller's own error, as it was
+        raise errors.exceptions[0] from None
     return {metric.name: {row.id: found[metric.name][row.id] for row in rows} for metric in metrics}
 
 # %% ../nbs/metrics.ipynb #79c96fc7
