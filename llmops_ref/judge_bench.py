@@ -14,7 +14,7 @@ import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from .core import BadInputError, LlmopsRefError, atomic_path, require, sha256_file
-from .estimates import student_quantile
+from .corrected_estimates import ppi_mean
 from .evaluation_data import Judge, LabelledClaim, load_labelled
 from .evidence import content_words, stem
 from .groundedness import FITTED, RULES, SIGNALS, Groundedness, auroc, cross_validated
+from .judges import checked_labels, finite_estimate
 from .scores import Failure, Score
 
 # %% auto #0
@@ -191,34 +192,6 @@ class Saving:
     coverage_like_these: float  # of the file's share: too high by design
 
 
-def _interval_widths(labels: np.ndarray, scores: np.ndarray, chosen: np.ndarray, level: float) -> dict[str, np.ndarray]:
-    """Estimates and half-widths over draws; `chosen` has shape (draws, n) and `scores` the file's shape or (draws, file)."""
-    draws, n = chosen.shape
-    size = len(labels)
-    wide = np.broadcast_to(scores, (draws, size))
-    y, f = labels[chosen], np.take_along_axis(wide, chosen, 1)
-    rest_mean = (wide.sum(1) - f.sum(1)) / (size - n)
-    rest_variance = ((wide**2).sum(1) - (f**2).sum(1)) / (size - n) - rest_mean**2
-    spread = f.var(1, ddof=1)
-    covariance = ((y - y.mean(1, keepdims=True)) * (f - f.mean(1, keepdims=True))).sum(1) / (n - 1)
-    reach, tuned = student_quantile((1 + level) / 2, n - 1), student_quantile((1 + level) / 2, n - 2)
-
-    def corrected(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        error = y - factor[:, None] * f
-        return factor * rest_mean, error.var(1, ddof=1) * (n - 1) / (n - 2) if n > 2 else error.var(1, ddof=1)
-
-    best = np.divide(covariance, spread, out=np.zeros(draws), where=spread > 0)
-    _, left = corrected(best)
-    plain = np.clip(best / (1 + n / (size - n)), 0, 1)
-    plain_start, plain_left = corrected(plain)
-    sampled = math.sqrt(1 - n / size)
-    return {
-        "alone": y.mean(1), "alone reach": reach * np.sqrt(y.var(1, ddof=1) / n), "sampled": np.full(draws, sampled),
-        "with": best * wide.mean(1) + (y - best[:, None] * f).mean(1), "with reach": tuned * np.sqrt(left / n) * sampled,
-        "plain": plain_start + (y - plain[:, None] * f).mean(1), "plain reach": tuned * np.sqrt(plain_left / n + plain**2 * rest_variance / (size - n)),
-    }
-
-
 def saving(
     name: str,                      # of the score
     labels: np.ndarray,             # of all rows: 0 or 1
@@ -228,18 +201,20 @@ def saving(
     level: float = 0.95,
 ) -> Saving:
     "How much narrower a score makes the interval, and whether both keep their promise."
-    found, truth = _interval_widths(labels, scores, chosen, level), float(labels.mean())
-    alone = found["alone reach"] * found["sampled"]
-    good = alone > 0
-    ratio = found["with reach"][good] / alone[good]
-    plain = found["plain reach"][good] / found["alone reach"][good]
-    flat = scores if scores.ndim == 1 else scores.mean(0)
-    draws, n = chosen.shape
+    wide, truth, (draws, n) = np.broadcast_to(scores, (len(chosen), len(labels))), float(labels.mean()), chosen.shape
+    y, given, means = labels[chosen], np.take_along_axis(wide, chosen, 1), wide.mean(1)
+    estimates, half = finite_estimate(y, given, means, len(labels), level=level)
+    alone, half_alone = finite_estimate(y, np.zeros_like(given), np.zeros(draws), len(labels), level=level)
+    good = half_alone > 0
+    ratio = half[good] / half_alone[good]
+    like = [ppi_mean(y[turn], given[turn], np.delete(wide[turn], chosen[turn]), level=level) for turn in range(min(draws, 200))]
+    before, after = (np.array([(one.ci_low, one.ci_high) for one in some]) for some in ([one.labels_alone or one for one in like], like))
+    low, high = (float(value) for value in np.quantile(ratio, [0.05, 0.95]))
     return Saving(
-        name, float(np.corrcoef(flat, labels)[0, 1]) if flat.std() > 0 else 0.0, n, draws, float(2 * alone.mean()), float(2 * found["with reach"].mean()),
-        float(ratio.mean()), float(np.quantile(ratio, 0.05)), float(np.quantile(ratio, 0.95)),
-        float((abs(found["alone"] - truth) <= alone).mean()), float((abs(found["with"] - truth) <= found["with reach"]).mean()),
-        math.sqrt(level * (1 - level) / draws), float(plain.mean()), float((abs(found["plain"] - truth) <= found["plain reach"]).mean()),
+        name, float(np.mean([np.corrcoef(row, labels)[0, 1] if row.std() > 0 else 0.0 for row in (wide[:1] if scores.ndim == 1 else wide)])),
+        n, draws, float(2 * half_alone.mean()), float(2 * half.mean()), float(ratio.mean()), low, high,
+        float((abs(alone - truth) <= half_alone).mean()), float((abs(estimates - truth) <= half).mean()), math.sqrt(level * (1 - level) / draws),
+        float(np.ptp(after, axis=1).mean() / np.ptp(before, axis=1).mean()), float(((after[:, 0] <= truth) & (truth <= after[:, 1])).mean()),
     )
 
 # %% ../nbs/judge_bench.ipynb #21dcbed1
@@ -255,7 +230,7 @@ def draw_labels(
     generator = np.random.default_rng(seed)
     return np.array([generator.choice(rows, labels, replace=False) for _ in range(draws)])
 
-
+# %% ../nbs/judge_bench.ipynb #0af6c8e6
 def fitted_scores(
     signals: np.ndarray,     # of all rows, shape (rows, signals)
     labels: np.ndarray,      # of all rows; each draw sees its own only
@@ -350,8 +325,6 @@ def bench_judge(
 ) -> JudgeBench:
     """What each signal, the length alone, the judge and the combined score know about a file's labels, and how much narrower
     they make the interval that `labels` labels give. Raises `BadInputError` for labels of one kind."""
-    from llmops_ref.judges import checked_labels
-
     started, labelled = time.perf_counter(), load_labelled(labelled_path)
     right, clusters = checked_labels(labelled)
     draw = draw_labels(len(right), min(labels, len(right) // 2), draws)
