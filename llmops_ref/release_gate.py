@@ -309,10 +309,13 @@ def _shown(value: float) -> str:
 
 def _settled(found: Score, limit: float) -> str:
     "About how many rows would settle it, if the score stays what it is."
-    gap, half = abs(found.estimate - limit), (found.ci_high - found.ci_low) / 2
-    if not (gap and math.isfinite(half)) or (rows := found.n * (half / gap) ** 2) > 1e6:
-        return "no reasonable number of rows would settle it"
-    return f"about {max(math.ceil(rows), found.n + 1):,} rows would settle it, if the score stays"
+    gap = abs(found.estimate - limit)
+    half = found.estimate - found.ci_low if limit < found.estimate else found.ci_high - found.estimate
+    if not (gap and math.isfinite(half)):
+        return "no number of rows would settle it, if the score stays"
+    sure = found.estimate in (0.0, 1.0) and half < 1 and gap < 1    # nothing varies: Wilson's interval shrinks like 1 / n
+    rows = found.n * (half / (1 - half) * (1 - gap) / gap if sure else (half / gap) ** 2)
+    return f"about {max(math.ceil(rows), found.n + 1):,} rows would settle it, if the score stays" if rows < 1e6 else "no reasonable number of rows would settle it"
 
 
 def _place(found: Score, limit: float, verdict: GateVerdict, what: str, higher_is_better: bool) -> str:
@@ -465,7 +468,7 @@ def _margin_check(gate: Gate, evaluation: Evaluated, baseline: Evaluated, found:
         verdict, text = "inconclusive", f"{text}: worse by more than {_shown(margin)}, but not after the correction for several metrics (p = {found.p_adjusted:.3f})"
     else:
         where = {"pass": "no worse than", "fail": "worse by more than", "inconclusive": "perhaps worse than"}[verdict]
-        text = f"{text}: {where} the margin {_shown(margin)}" + (f"; {found.n_needed:,} rows would find it" if verdict == "inconclusive" and found.n_needed else "")
+        text = f"{text}: {where} the margin {_shown(margin)}" + (f"; {found.n_needed:,} rows would find a loss of that size in 80 of 100 evaluations" if verdict == "inconclusive" and found.n_needed else "")
     if verdict == "pass" and (found.n < gate.min_n or (found.failures_a and not up)):
         verdict, text = "inconclusive", f"{text}, but {found.failures_a} rows have no value and {found.n} are compared, {gate.min_n} wanted"
     return Check("margin", found.metric, verdict, text, margin, found)

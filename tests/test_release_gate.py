@@ -480,3 +480,14 @@ def test_no_gate_passes_anything_that_a_bad_card_vouches_for(card, spoilt, gate,
     both.found = {**both.found, "recall": dict(zip((row.id for row in both.dataset), values, strict=True))}
     both.metrics = {**both.metrics, "recall": Facts()}
     assert gate.check(both, both, today=TODAY).verdict == "fail"
+
+
+@pytest.mark.parametrize(("right", "n", "floor"), [(20, 20, 0.9), (18, 20, 0.8), (80, 100, 0.75), (70, 100, 0.75)])
+def test_the_rows_that_would_settle_it_do(right, n, floor):
+    "With that many rows and the same share of right ones the verdict is clear; with a third of them it is not."
+    gate = Gate(floors={"recall": floor}, min_n=2)
+    reason = one(gate.check(evaluated({"recall": [1.0] * right + [0.0] * (n - right)})), "floor: recall").reason
+    wanted = int(re.search(r"about ([\d,]+) rows", reason).group(1).replace(",", ""))
+    for rows_then, clear in ((int(1.15 * wanted), True), (wanted // 3, False)):
+        good = round(rows_then * right / n)
+        assert (gate.check(evaluated({"recall": [1.0] * good + [0.0] * (rows_then - good)})).verdict != "inconclusive") is clear
