@@ -26,6 +26,7 @@ TIMEOUT = 1800
 REPEATABLE = {    # as in nbs/conftest.py
     "LLMOPS_REF_CHAT_WEIGHTS": "Q4_1",
     "LLMOPS_REF_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found",
 }
 

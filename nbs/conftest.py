@@ -21,6 +21,7 @@ from guard import install
 REPEATABLE = {    # the same answers and outputs on every machine
     "LLMOPS_REF_CHAT_WEIGHTS": "Q4_1",
     "LLMOPS_REF_THREADS": "1",
+    "OMP_NUM_THREADS": "1",    # of PyTorch and numpy: two workers with two threads each wait for each other
     "PYTHONWARNINGS": "ignore:IProgress not found",    # tqdm, where ipywidgets is not installed
 }
 NOT_EVALUATED = re.compile(r"^#\|\s*eval:\s*false\s*$", re.MULTILINE | re.IGNORECASE)

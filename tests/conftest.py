@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from guard import install
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    "Install the network guard before anything is imported by a test."
+    "Install the network guard, and one thread for PyTorch and numpy, before anything is imported by a test: workers with more wait for each other."
     install(config)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
