@@ -646,6 +646,8 @@ def _quiet(progress: bool) -> Iterator[None]:
 
 def _ask_ragas(passages: Sequence[Passage], judge: LangChainJudge, vectors: RagasEmbeddings, size: int, personas: Mapping[str, str]) -> list[Any]:
     "RAGAS' samples. Its token counter is replaced: it would fetch a vocabulary from the network."
+    from langchain_core.documents import Document
+
     transforms = require("ragas.testset.transforms", extra="evaluation").default_transforms_for_prechunked(judge, vectors)
     counter = type("Counter", (require("ragas.tokenizers", extra="evaluation").BaseTokenizer,), {
         "encode": lambda self, text: list(text.encode()), "decode": lambda self, tokens: bytes(tokens).decode(errors="ignore")})()
@@ -656,8 +658,7 @@ def _ask_ragas(passages: Sequence[Passage], judge: LangChainJudge, vectors: Raga
     testset = require("ragas.testset", extra="evaluation")
     persona = require("ragas.testset.persona", extra="evaluation").Persona
     generator = testset.TestsetGenerator(judge, vectors, persona_list=[persona(name=who, role_description=what) for who, what in personas.items()])
-    document = require("langchain_core.documents", extra="evaluation").Document
-    return list(generator.generate_with_chunks([document(page_content=item.text) for item in passages], size, transforms=transforms).samples)
+    return list(generator.generate_with_chunks([Document(page_content=item.text) for item in passages], size, transforms=transforms).samples)
 
 
 def _generated(sample: Any, passages: Sequence[Passage], model: str) -> EvaluationRow | None:

@@ -680,9 +680,21 @@ def _words_stand_in(statement: str, text: str) -> bool:
     return amounts_in(statement) <= amounts_in(text) and len(words & stems(text)) >= 0.7 * len(words)
 
 # %% ../nbs/metrics.ipynb #749687d0
+_ANNOUNCED = re.compile(r"[^“”]*:\s*“([^”]{20,})”\s*(?:\(.*\))?\s*", re.DOTALL)
+_REMARK = re.compile(r"\s*\[[^\[\]]{20,}\]\s*$")
+
+
+def _stated(response: str) -> str:
+    "What an answer says of the matter: an announced quotation without what announces it, and no closing remark in brackets."
+    text = _REMARK.sub("", response) or response
+    quotation = _ANNOUNCED.fullmatch(text)
+    return quotation[1] if quotation else text
+
+
 def _lowest_support(judge: Judge, response: str, contexts: Sequence[str], question: str) -> float:
     "Support of the least supported sentence. Raises `JudgeCallError` where the judge fails on one."
-    claims = [Claim(response[start:end], tuple(contexts), question) for start, end in sentences(response)]
+    text = _stated(response)
+    claims = [Claim(text[start:end], tuple(contexts), question) for start, end in sentences(text)]
     if not claims:
         raise JudgeCallError(Failure("missing_field", "the response is empty"))
     found = list(judge.judge(claims))
@@ -1081,7 +1093,7 @@ class _Parts:
         )
 
 
-_OWN_VERSION = 1    # raise it when a metric of ours changes its values: caches then measure again
+_OWN_VERSION = 2    # raise it when a metric of ours changes its values: caches then measure again
 
 
 def _fingerprint(name: str, decides: Mapping[str, Any]) -> str:
