@@ -97,7 +97,7 @@ class History:
     def save(self, path: str | os.PathLike[str]) -> None:
         "Write as JSON lines: what holds for all in the first, then a claim a line."
         head = {"names": self.names, "rules": self.rules, "source": dict(self.source)}
-        rows = [[text, int(label), *(round(float(value), 4) for value in row)] for text, label, row in zip(self.texts, self.labels, self.values, strict=True)]
+        rows = [[text, int(label), *(round(float(value), 4) if math.isfinite(value) else None for value in row)] for text, label, row in zip(self.texts, self.labels, self.values, strict=True)]
         with atomic_path(Path(path)) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [head, *rows]), encoding="utf-8")
 
@@ -127,22 +127,25 @@ def _signals(labelled: Sequence[LabelledClaim], judge: Groundedness) -> dict[str
 
 
 def keep_history(
-    labelled_path: str | os.PathLike[str],    # claims with labels, and samples where there are any
-    path: str | os.PathLike[str],             # where to write
-    source: Mapping[str, str],                # where the claims come from, with the licence
+    sets: Sequence[Sequence[LabelledClaim]],    # claims with labels; a set counts its samples where all its claims have some
+    path: str | os.PathLike[str],               # where to write
+    source: Mapping[str, str],                  # where the claims come from, with the licence
 ) -> History:
-    "Make the shipped history: the signals of labelled claims, without their texts."
-    labelled = load_labelled(labelled_path)
-    found = _signals(labelled, Groundedness.load())
-    made = History(tuple(found), np.array(list(found.values())).T, np.array([item.label for item in labelled]), tuple(map(_text_hash, labelled)), RULES,
-                   {**source, "sha256": sha256_file(labelled_path)})
-    made.save(path)
+    "Make a history such as the shipped one: the signals of labelled claims, without their texts."
+    judge, names, rows = Groundedness.load(), (*SIGNALS, *SAMPLE_SIGNALS), []
+    for labelled in sets:
+        found = _signals(labelled, judge)
+        rows.append(np.array([found.get(name, np.full(len(labelled), np.nan)) for name in names]).T)
+    everyone = [item for labelled in sets for item in labelled]
+    History(names, np.concatenate(rows), np.array([item.label for item in everyone]), tuple(map(_text_hash, everyone)), RULES, source).save(path)
     return History.load(path)
 
 # %% ../nbs/judge_bench.ipynb #11c96b6a
 def _with_means(values: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     "Signals, and their means over the claims of the same text."
-    filled = np.where(np.isfinite(values), values, np.nanmedian(np.where(np.isfinite(values), values, np.nan), axis=0))
+    there = np.isfinite(values)
+    usual = np.where(there, values, 0.0).sum(0) / np.maximum(there.sum(0), 1)
+    filled = np.where(there, values, usual)
     groups = np.unique(texts, return_inverse=True)[1]
     means = np.array([filled[groups == group].mean(0) for group in range(groups.max() + 1)])
     return np.column_stack([filled, means[groups]])
@@ -159,15 +162,18 @@ def combined_scores(
     "Each claim's chance of being supported, by trees that have not seen its text."
     forest = require("sklearn.ensemble", extra="evaluation").ExtraTreesClassifier
     names = [name for name in history.names if name in found]
-    known = _with_means(history.values[:, [history.names.index(name) for name in names]], history.texts)
+    chosen = history.values[:, [history.names.index(name) for name in names]]
+    whole = np.isfinite(chosen).all(1)    # claims that have all the signals which these claims have
+    held_texts, labels = np.array(history.texts)[whole], history.labels[whole]
+    known = _with_means(chosen[whole], held_texts.tolist())
     wanted = _with_means(np.column_stack([found[name] for name in names]), texts)
-    order = np.random.default_rng(0).permutation(sorted(set(texts) & set(history.texts)))
+    order = np.random.default_rng(0).permutation(sorted(set(texts) & set(held_texts.tolist())))
     fold_of = {str(text): number % folds for number, text in enumerate(order)}
-    mine, theirs = (np.array([fold_of.get(text, -1) for text in side]) for side in (texts, history.texts))
+    mine, theirs = (np.array([fold_of.get(text, -1) for text in side]) for side in (texts, held_texts.tolist()))
     scores = np.zeros(len(wanted))
     for fold in np.unique(mine):
         kept = (theirs != fold) if fold >= 0 else np.ones(len(known), bool)
-        trained = forest(trees, min_samples_leaf=3, max_features=0.4, random_state=0).fit(known[kept], history.labels[kept])
+        trained = forest(trees, min_samples_leaf=3, max_features=0.4, random_state=0).fit(known[kept], labels[kept])
         scores[mine == fold] = trained.predict_proba(wanted[mine == fold])[:, 1]
     return scores
 
@@ -307,11 +313,14 @@ def _judge_scores(judge: Judge, labelled: Sequence[LabelledClaim], found: Mappin
     "The judge's scores, and how they were made: by weights that have not seen the text where its own have."
     if isinstance(judge, Groundedness) and seen:
         good = np.isfinite(np.array([found[name] for name in FITTED])).all(0)
-        rows = [{"set": "file", "cluster": item.cluster, "label": item.label, "signals": {name: found[name][place] for name in FITTED}}
+        rows = [{"set": "file", "cluster": item.cluster, "label": item.label, "kind": "", "signals": {name: found[name][place] for name in FITTED}}
                 for place, item in enumerate(labelled) if good[place]]
         scores = iter(cross_validated(rows))
         return [float(next(scores)) if kept else Failure("missing_field", "no signals") for kept in good], "weights refitted on this file, without the text"
     return list(judge.judge([item.claim for item in labelled])), "as it is shipped"
+
+
+_ENOUGH = 50    # labels below which fitting to them alone is not tried: its intervals would be too narrow
 
 
 def bench_judge(
@@ -340,14 +349,14 @@ def bench_judge(
     filled = np.array([0.0 if isinstance(value, Failure) else value for value in judged])
     truth = right.astype(float)
     few = draw[: min(draws, 200)]
-    inputs = _with_means(np.column_stack([*found.values(), filled]), texts)
-    savings = (saving(judge.name, truth, filled, draw), saving("combined", truth, combined, draw),
-               saving("fitted on the labels alone", truth, fitted_scores(inputs, truth, few), few))
+    savings = [saving(judge.name, truth, filled, draw), saving("combined", truth, combined, draw)]
+    if draw.shape[1] >= _ENOUGH:
+        savings.append(saving("fitted on the labels alone", truth, fitted_scores(_with_means(np.column_stack(list(found.values())), texts), truth, few), few))
     curve = tuple(saving("combined", truth, combined, draw_labels(len(right), count, min(draws, 500)))
                   for count in (25, 50, 100, 200, 400) if count <= len(right) * 2 / 3)
     made = JudgeBench(
         Path(labelled_path).name, {"sha256": digest, "claims": len(right), "texts": len(set(clusters)), "supported": int(right.sum())}, judge.name,
-        {judge.name: how, "combined": overlap}, aurocs, savings, curve,
+        {judge.name: how, "combined": overlap}, aurocs, tuple(savings), curve,
         dict(Counter(value.kind for value in judged if isinstance(value, Failure))), round(time.perf_counter() - started, 1),
         {"device": f"{platform.machine()}, {os.cpu_count()} cores", **{name: version(name) for name in ("llmops-ref", "numpy", "scikit-learn")}},
     )

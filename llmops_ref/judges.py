@@ -669,11 +669,12 @@ def finite_estimate(
     level: float = 0.95,
 ) -> tuple[np.ndarray, np.ndarray]:    # estimates and half-widths, shape (draws,)
     """The mean label of a finite set of rows from a random sample of them, with the judge weighted so that the spread is smallest
-    (the regression estimator of survey sampling; PPI++ where the set is all there is). Draws are many samples worked at once."""
+    (the regression estimator of survey sampling; PPI++ where the set is all there is). A judge that runs against the labels is
+    left out. Draws are many samples worked at once."""
     n = labels.shape[1]
     off = scores - scores.mean(1, keepdims=True)
     spread = (off**2).sum(1)
-    weight = np.divide((off * labels).sum(1), spread, out=np.zeros(len(labels)), where=spread > 1e-12)
+    weight = np.maximum(0.0, np.divide((off * labels).sum(1), spread, out=np.zeros(len(labels)), where=spread > 1e-12))
     errors = labels - weight[:, None] * scores
     lost = 1 + (spread > 1e-12)    # degrees of freedom: the mean, and the weight where there is one
     variance = errors.var(1) * n / (n - lost) / n * (1 - n / rows)
