@@ -498,7 +498,7 @@ def _judge_calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _bench_judge(arguments: argparse.Namespace) -> int:
-    from llmops_ref.judges import bench_judge
+    from llmops_ref.judge_bench import bench_judge
 
     judge = None if (arguments.metric, arguments.judge) == ("groundedness", None) else _judge(arguments)
     bench = bench_judge(arguments.labelled, judge=judge, labels=arguments.labels, out=arguments.out)
