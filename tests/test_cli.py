@@ -911,3 +911,25 @@ def test_the_example_workflow_calls_commands_that_exist_with_a_gate_that_can_be_
         assert (" --gate " in called[-1]) is limits
         for line in called:
             module._parser().parse_args(line.split())
+
+
+def test_the_benches_of_evaluation_hand_on_their_settings_and_print_or_write_json(tmp_path, monkeypatch, capsys):
+    from llmops_ref import corrected_estimates, judge_bench
+
+    calls: list[Any] = []
+
+    class Found:
+        def to_dict(self) -> dict[str, Any]:
+            return {"found": 1}
+
+        def _repr_markdown_(self) -> str:
+            return "| found |"
+
+    monkeypatch.setattr(judge_bench, "bench_judge", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    monkeypatch.setattr(corrected_estimates, "bench_coverage", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    assert main(["bench", "judge", "labelled.jsonl", "--labels", "50", "--out", "out.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"found": 1}
+    assert main(["bench", "coverage", "--sets", "7"]) == 0
+    assert capsys.readouterr().out == "| found |\n"
+    assert calls[0] == (("labelled.jsonl",), {"judge": None, "labels": 50, "out": "out.json"})
+    assert calls[1][0] == (7,) and calls[1][1]["out"] is None
