@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import io
 import json
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from hashlib import sha256
@@ -22,8 +25,11 @@ from . import __version__
 from .core import BadInputError, LlmopsRefError, cache_dir, disable_telemetry
 
 if TYPE_CHECKING:
+    from llmops_ref.evaluation import Evaluation
+    from llmops_ref.judges import JudgeCard
     from llmops_ref.knowledge_base import IngestReport, VectorServer
     from llmops_ref.rag import Answer
+    from llmops_ref.release_gate import Gate, GateResult
 
 # %% auto #0
 __all__ = ['DEMO_QUESTIONS', 'default_index', 'handbook_index', 'main']
@@ -319,6 +325,194 @@ _INDEX_COMMANDS = {
     "import": (_index_import, "read an exported file into an empty index"),
 }
 
+# %% ../nbs/cli.ipynb #d9f1e537
+def _kept(path: str, name: str) -> Path:
+    "The file itself, or the one of that name in a folder."
+    found = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not found.is_file():
+        raise BadInputError(f"There is no file {found}.", f"Name the {name} that an earlier run left, or its folder.")
+    return found
+
+
+def _dataset(arguments: argparse.Namespace) -> Any:
+    "The data set of the arguments, cut down as they say."
+    from llmops_ref.evaluation_data import EvaluationDataset
+
+    shipped = resources.files("llmops_ref") / "data" / "questions.jsonl"
+    with resources.as_file(shipped) if arguments.dataset == "handbook" else contextlib.nullcontext(Path(arguments.dataset)) as path:
+        dataset = EvaluationDataset.from_jsonl(path)
+    dataset = dataclasses.replace(dataset, name="handbook") if arguments.dataset == "handbook" else dataset
+    pairs = [text.partition("=")[::2] for text in arguments.where or []]
+    if any(not name or not value for name, value in pairs):
+        raise BadInputError("--where takes KEY=VALUE.", "Such as: --where kind=table")
+    wanted = dict(pairs) | ({"split": arguments.split} if arguments.split else {})
+    dataset = dataset.where(**wanted) if wanted else dataset
+    if arguments.limit is not None and arguments.limit < 1:
+        raise BadInputError(f"--limit is {arguments.limit}.", "Give a number of rows from 1.")
+    return dataclasses.replace(dataset, rows=dataset.rows[: arguments.limit])
+
+
+_OF_THE_SYSTEM = {"response", "retrieved_contexts", "retrieved_context_ids", "citations", "refused"}    # what a run adds to a row
+
+
+def _chosen_metrics(arguments: argparse.Namespace, gate: Gate | None, dataset: Any, folder: Path | None) -> list[Any]:
+    "The metrics that were asked for, else those of the gate beside the usual ones that these rows have the fields for."
+    from llmops_ref.evaluation import DEFAULT_METRICS
+    from llmops_ref.metrics import load_metrics
+
+    asked = [name for text in arguments.metrics or () for name in text.split(",") if name] + (gate.named if gate else [])
+    names = list(dict.fromkeys(asked if arguments.metrics else [*asked, *DEFAULT_METRICS]))
+    metrics = load_metrics(names, judge=arguments.judge, cache=folder and folder / "calls", timeout=arguments.judge_timeout)
+    held = {name for row in dataset for values in (row.to_dict(), row.metadata) for name in values} | (set() if arguments.no_run else _OF_THE_SYSTEM)
+    lacking = {metric.name: missing for metric in metrics if (missing := sorted(set(metric.needs) - held))}
+    for name in asked:
+        if name in lacking:
+            raise BadInputError(f"{name} needs {lacking[name][0]}, which no row of {dataset.name} has.", "Add it to the rows, or leave the metric out.")
+    if lacking:
+        print(f"(not measured, for want of fields: {', '.join(lacking)})", file=sys.stderr)
+    return [metric for metric in metrics if metric.name not in lacking]
+
+# %% ../nbs/cli.ipynb #5c3ad171
+def _answered(arguments: argparse.Namespace, dataset: Any, folder: Path | None) -> Any:
+    "The data set with the system's answers; rows that the folder holds are not asked again."
+    from llmops_ref.evaluation_data import run_rag
+    from llmops_ref.knowledge_base import KnowledgeBase
+    from llmops_ref.models import load_chat_model
+    from llmops_ref.rag import RAG
+
+    index = handbook_index() if arguments.dataset == "handbook" and not arguments.index else _index_to_ask(arguments.index)
+    if not index.exists():
+        raise BadInputError(f"There is no index at {index}.", "Make one: llmops-ref ingest PATH (for the handbook: llmops-ref demo)")
+    rag = RAG(KnowledgeBase.open(index, server=_server(arguments.server)), load_chat_model(arguments.model))
+    groups = [name.strip() for name in arguments.groups.split(",") if name.strip()] if arguments.groups else None
+    answered = run_rag(
+        rag, dataset, out=folder and folder / "answers.jsonl", workers=arguments.workers, timeout=arguments.timeout,
+        groups=groups, retry_errors=arguments.retry_errors, progress=not arguments.json,
+    )    # fmt: skip
+    errors = [row.error for row in answered if row.error]
+    if len(errors) == len(answered):
+        raise LlmopsRefError(f"Not one of {len(errors)} questions was answered; the first said: {errors[0].message}", "Mend that, and run again with --retry-errors.")
+    return answered
+
+
+def _folders(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    "Where answers and values are kept, and where the report goes; both can be written."
+    report = Path(arguments.report) if arguments.report else None
+    kept = Path(arguments.run_folder) if arguments.run_folder else report and report / "run"
+    for folder in filter(None, (report, kept)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise BadInputError(f"{folder} cannot be written ({type(error).__name__}).", "Name a folder that can.") from error
+    if kept is None:
+        print("(answers are not kept: a run that is stopped starts again; --run DIR keeps them)", file=sys.stderr)
+    return kept, report
+
+
+def _cards(paths: Sequence[str]) -> dict[str, JudgeCard]:
+    "The cards by judge; two of one judge would leave open which counts."
+    if not paths:
+        return {}
+    from llmops_ref.judges import JudgeCard
+
+    cards = [JudgeCard.load(path) for path in paths]
+    if twice := [card.judge for place, card in enumerate(cards) if card.judge in [one.judge for one in cards[:place]]]:
+        raise BadInputError(f"There are two cards of the judge {twice[0]!r}.", "Give the newer one only.")
+    return {card.judge: card for card in cards}
+
+
+def _baseline(arguments: argparse.Namespace, kept: Path | None, report: Path | None) -> Any:
+    "The evaluation to compare with, which must not be the file that this run writes."
+    from llmops_ref.evaluation import Evaluation
+
+    if arguments.baseline is None:
+        return None
+    path = _kept(arguments.baseline, "evaluation.json")
+    if path.resolve() in [(folder / "evaluation.json").resolve() for folder in (kept, report) if folder]:
+        raise BadInputError(f"The baseline {path} is the file that this run writes: it would be compared with itself.", "Give --run and --report folders of their own.")
+    return Evaluation.load(path)
+
+# %% ../nbs/cli.ipynb #1af9de77
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from llmops_ref.evaluation import evaluate
+    from llmops_ref.release_gate import Gate
+    from llmops_ref.reports import write_report
+
+    gate = Gate.from_file(arguments.gate) if arguments.gate else None
+    cards, dataset = _cards(arguments.card or ()), _dataset(arguments)
+    kept, report = _folders(arguments)
+    baseline = _baseline(arguments, kept, report)
+    metrics = _chosen_metrics(arguments, gate, dataset, kept)
+    if gate:
+        gate.check_fit({metric.name: metric for metric in metrics})
+    answered = dataset if arguments.no_run else _answered(arguments, dataset, kept)
+    evaluation = evaluate(answered, metrics, cache=kept and kept / "values", retry_failures=arguments.retry_errors, progress=not arguments.json, cards=cards)
+    result = gate.check(evaluation, baseline) if gate else None
+    for folder in filter(None, (kept, report)):
+        evaluation.save(folder / "evaluation.json")
+    paths = write_report(evaluation, report, result, baseline=baseline) if report else None
+    if arguments.json:
+        verdict = result.to_dict() if result else {"verdict": None, "exit_code": 0, "checks": []}
+        scores = {name: score.to_dict() for name, score in evaluation.scores.items()}
+        files = {name: str(path) for name, path in dataclasses.asdict(paths).items() if path} if paths else {}
+        print(json.dumps({**verdict, "rows": len(answered), "scores": scores, "report": files}, ensure_ascii=False, allow_nan=False, indent=2))
+    else:
+        _print_evaluation(evaluation, result, report)
+    return result.exit_code if result else 0
+
+
+def _print_evaluation(evaluation: Evaluation, result: GateResult | None, report: Path | None) -> None:
+    "A line a metric, failures as misses, then the checks."
+    print(f"{evaluation.dataset.name}, {len(evaluation.dataset)} rows")
+    for name, score in evaluation.scores.items():
+        failures = f", {score.failures} without a value counted as misses" if score.failures else ""
+        print(f"  {name:32s} {score.as_misses or score:.3f}{failures}")
+    if result:
+        print(f"\n{result}")
+    if report:
+        print(f"\nReport: {report / 'report.html'}")
+
+# %% ../nbs/cli.ipynb #bc0910e7
+def _judge(arguments: argparse.Namespace) -> Any:
+    "The judge that the arguments name: a metric of answers against passages, as a judge of claims."
+    from llmops_ref.metrics import as_judge, load_metrics
+
+    if arguments.metric == "groundedness" and arguments.judge is None:
+        from llmops_ref.groundedness import Groundedness
+
+        return Groundedness.load()
+    return as_judge(load_metrics([arguments.metric], judge=arguments.judge, timeout=arguments.judge_timeout)[0])
+
+
+def _judge_calibrate(arguments: argparse.Namespace) -> int:
+    from llmops_ref.evaluation_data import load_labelled
+    from llmops_ref.judges import calibrate
+
+    labelled = load_labelled(arguments.labelled)
+    card = calibrate(_judge(arguments), labelled)
+    card.save(arguments.out)
+    print(_as_json(card) if arguments.json else card._repr_markdown_())
+    return 0
+
+
+def _bench_judge(arguments: argparse.Namespace) -> int:
+    from llmops_ref.judge_bench import bench_judge
+
+    judge = None if (arguments.metric, arguments.judge) == ("groundedness", None) else _judge(arguments)
+    bench = bench_judge(arguments.labelled, judge=judge, labels=arguments.labels, out=arguments.out)
+    print(_as_json(bench) if arguments.json else bench._repr_markdown_())
+    return 0
+
+
+def _bench_coverage(arguments: argparse.Namespace) -> int:
+    from llmops_ref.corrected_estimates import bench_coverage
+
+    bench = bench_coverage(arguments.sets, out=arguments.out, progress=not arguments.json)
+    print(_as_json(bench) if arguments.json else bench._repr_markdown_())
+    return 0
+
 # %% ../nbs/cli.ipynb #b43fc256
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmops-ref", description="Ask your documents, offline, with citations.")
@@ -348,7 +542,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--index", metavar="DIR", help="the index folder; default: LLMOPS_REF_INDEX, else in the cache folder")
         sub.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors; default: they lie in its folder")
     command("demo", _demo, "index the sample handbook and ask three questions")
-    _add_retrieval_bench(_add_quantization(commands, command), command)
+    benches = _add_quantization(commands, command)
+    _add_retrieval_bench(benches, command)
+    _add_evaluation(commands, command, benches)
     _add_index(commands, command)
     return parser
 
@@ -413,6 +609,46 @@ def _add_retrieval_bench(group: Any, command: Any) -> None:
     bench.add_argument("--k", type=int, default=40, metavar="N", help="passages asked for, to rank places; default: 40")
     bench.add_argument("--note", default="", metavar="TEXT", help="kept with the results, such as the data's source and terms")
     bench.add_argument("--force", action="store_true", help="measure again what is there")
+
+
+def _add_evaluation(commands: Any, command: Any, benches: Any) -> None:
+    "The commands `evaluate`, `judge calibrate`, `bench judge` and `bench coverage`."
+    run = command("evaluate", _evaluate, "ask every question of a data set, measure the answers, and hold them against a gate; exit code 1: fail, 4: inconclusive")
+    run.add_argument("dataset", metavar="DATASET", help="JSONL with user_input, reference and others as RAGAS names them; or handbook")
+    run.add_argument("--index", metavar="DIR", help="the index to ask; default: as for ask")
+    run.add_argument("--server", metavar="URL", help="of the Chroma server that holds the index's vectors")
+    run.add_argument("--model", metavar="SPEC", help="that answers; default: LLMOPS_REF_CHAT_MODEL, else embedded")
+    run.add_argument("--groups", metavar="A,B", help="the asker's, for rows that name none")
+    run.add_argument("--no-run", action="store_true", help="measure the responses that are in DATASET, without asking")
+    run.add_argument("--metrics", nargs="+", metavar="NAME", help="beside those of the gate; default: those that need no large model")
+    run.add_argument("--judge", metavar="SPEC", help="the chat model for metrics that need one, such as openai:MODEL")
+    run.add_argument("--judge-timeout", type=float, default=120.0, metavar="S", help="seconds a call of it; default: 120")
+    run.add_argument("--card", action="append", metavar="FILE", help="of a judge, as judge calibrate wrote it; once for each judge")
+    run.add_argument("--gate", metavar="FILE", help="TOML with the limits; without it: a report and no verdict")
+    run.add_argument("--baseline", metavar="RUN", help="the --run or --report folder of the evaluation to compare with")
+    run.add_argument("--run", dest="run_folder", metavar="DIR", help="keep answers and values here, and go on from them; default: run in the report's folder")
+    run.add_argument("--report", metavar="DIR", help="write report.html, report.md, report.json, junit.xml and evaluation.json here")
+    run.add_argument("--split", metavar="NAME", help="only rows that are marked with it, such as test")
+    run.add_argument("--where", action="append", metavar="KEY=VALUE", help="only rows with this in their metadata; may be repeated")
+    run.add_argument("--limit", type=int, metavar="N", help="only the first rows")
+    run.add_argument("--workers", type=int, default=2, metavar="N", help="questions at a time; default: 2")
+    run.add_argument("--timeout", type=float, metavar="S", help="seconds a question; default: as long as it takes")
+    run.add_argument("--retry-errors", action="store_true", help="ask and measure again what failed")
+    text = "find out how far a judge agrees with people"
+    group = commands.add_parser("judge", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    calibrate = command("calibrate", _judge_calibrate, "measure a judge on claims that people have labelled, and write its card", group)
+    calibrate.add_argument("--out", required=True, metavar="FILE", help="the card, for evaluate --card")
+    bench = command("judge", _bench_judge, "a judge and its signals on labelled claims, and what its verdicts add to few labels", benches)
+    bench.add_argument("--labels", type=int, default=100, metavar="N", help="labels to correct the judge with; default: 100")
+    for sub in (calibrate, bench):
+        sub.add_argument("labelled", metavar="LABELLED", help="JSONL of claims with labels")
+        sub.add_argument("--metric", default="groundedness", metavar="NAME", help="that judges; default: groundedness")
+        sub.add_argument("--judge", metavar="SPEC", help="the chat model behind it, where it needs one")
+        sub.add_argument("--judge-timeout", type=float, default=120.0, metavar="S", help="seconds a call of it; default: 120")
+    coverage = command("coverage", _bench_coverage, "how often each interval of this library holds the truth, on simulated data sets", benches)
+    coverage.add_argument("--sets", type=int, default=1000, metavar="N", help="data sets an interval; default: 1000")
+    for sub in (bench, coverage):
+        sub.add_argument("--out", metavar="FILE", help="write the results here")
 
 
 def _report_error(error: Exception, as_json: bool) -> int:

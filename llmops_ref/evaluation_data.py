@@ -59,7 +59,7 @@ class DatasetFormatError(BadInputError):
         "The same error with the place in a file."
         return DatasetFormatError(self.what, self.remedy, file, line, self.field)
 
-# %% ../nbs/evaluation_data.ipynb #a4ace44d
+# %% ../nbs/evaluation_data.ipynb #e9bdf143
 def _kind_of(value: Any) -> str:
     "A value's type in the words of JSON."
     if isinstance(value, float) and not math.isfinite(value):
@@ -82,7 +82,7 @@ def _check_text(field: str, value: Any) -> str:
         raise DatasetFormatError("it holds half a character (a lone surrogate).", "Write the text as UTF-8.", field=field) from error
     return value
 
-
+# %% ../nbs/evaluation_data.ipynb #293ba286
 def _check_texts(field: str, value: Any, *, numbers: bool = False) -> tuple[str, ...]:
     "A list of texts; where `numbers` may stand for texts, they become texts."
     if not isinstance(value, (list, tuple)):
@@ -91,8 +91,10 @@ def _check_texts(field: str, value: Any, *, numbers: bool = False) -> tuple[str,
     return tuple(_check_text(f"{field}[{number}]", item) for number, item in enumerate(whole))
 
 
-def _check_json(field: str, value: Any) -> None:
+def _check_json(field: str, value: Any, depth: int = 0) -> None:
     "Refuse what JSON cannot hold, at any depth: NaN, infinity, other types."
+    if depth > 100:
+        raise DatasetFormatError("it is nested more than 100 deep.", "Flatten it.", field=field[:100])
     if isinstance(value, float) and not math.isfinite(value):
         raise DatasetFormatError(f"it is {_kind_of(value)}.", "Leave the field out or write null.", field=field)
     if isinstance(value, str):
@@ -100,10 +102,10 @@ def _check_json(field: str, value: Any) -> None:
     elif isinstance(value, Mapping):
         for name, item in value.items():
             _check_text(f"{field} (a name in it)", name)
-            _check_json(f"{field}.{name}", item)
+            _check_json(f"{field}.{name}", item, depth + 1)
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            _check_json(f"{field}[{number}]", item)
+            _check_json(f"{field}[{number}]", item, depth + 1)
     elif not isinstance(value, (int, float, type(None))):
         raise _wrong(field, value, "something that JSON can hold")
 
@@ -146,7 +148,7 @@ def _check_input(field: str, value: Any) -> str | list[dict[str, Any]]:
         messages.append(message)
     return messages
 
-# %% ../nbs/evaluation_data.ipynb #32aa1d1b
+# %% ../nbs/evaluation_data.ipynb #cc43cc43
 @dataclass(frozen=True)
 class RowError:
     "Why a row has no answer."
@@ -159,7 +161,7 @@ _TEXTS = ("response", "reference")
 _LISTS = ("retrieved_contexts", "retrieved_context_ids", "reference_contexts", "reference_context_ids")
 _EXPECTED = ("answer", "decline")
 
-
+# %% ../nbs/evaluation_data.ipynb #345fd57c
 @dataclass(frozen=True)
 class EvaluationRow:
     """One question with what a system made of it and what was wanted, named as RAGAS names them.
@@ -219,7 +221,7 @@ class EvaluationRow:
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {name: value for name, value in plain.items() if value is not None and (name != "metadata" or value)}
 
-
+# %% ../nbs/evaluation_data.ipynb #ba8d23fd
 def _check_metadata(metadata: Any) -> None:
     "Anything that JSON can hold, and the names that mean something here of the right type."
     if not isinstance(metadata, Mapping):
@@ -235,7 +237,7 @@ def _check_metadata(metadata: Any) -> None:
     if not isinstance(metadata.get("refused"), bool | None):
         raise _wrong("metadata.refused", metadata["refused"], "true or false")
 
-# %% ../nbs/evaluation_data.ipynb #cc43cc43
+# %% ../nbs/evaluation_data.ipynb #944ef15a
 _ANSWERED = ("response", "retrieved_contexts", "retrieved_context_ids", "error")                             # fields that a system fills
 _ADDED = ("refused", "declined_because", "score", "citations", "usage", "timings_ms", "model")    # and its metadata
 
@@ -253,7 +255,7 @@ def _digest(values: Iterable[Any]) -> str:
         digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
-
+# %% ../nbs/evaluation_data.ipynb #3052c60e
 @dataclass(frozen=True)
 class EvaluationDataset:
     "Rows in RAGAS' schema, each with an id of its own. Raises `DatasetFormatError` for none, and for two with one id."
@@ -356,20 +358,22 @@ class EvaluationDataset:
         schema = require("ragas", extra="evaluation").EvaluationDataset
         if len({isinstance(row.user_input, str) for row in self.rows}) > 1:
             raise BadInputError("Some rows are questions, others conversations: RAGAS takes one kind.", "Split the data set.")
-        names = ("user_input", "response", "reference", *_LISTS) if isinstance(self.rows[0].user_input, str) else ("user_input", "reference", "reference_tool_calls")
-        return schema.from_list([{name: value for name, value in row.to_dict().items() if name in names} for row in self.rows], name=self.name)
+        samples = require("ragas.dataset_schema", extra="evaluation")
+        kind = samples.SingleTurnSample if isinstance(self.rows[0].user_input, str) else samples.MultiTurnSample
+        return schema([kind(**{name: value for name, value in {**row.metadata, **row.to_dict()}.items() if name in kind.model_fields}) for row in self.rows], name=self.name)
 
     def _repr_markdown_(self) -> str:
         failed = sum(row.error is not None for row in self.rows)
         answered = sum(row.response is not None for row in self.rows)
         return f"**{self.name}**: {len(self.rows)} rows from {len(set(self.clusters().values()))} documents, {answered} with a response, {failed} failed"
 
-
+# %% ../nbs/evaluation_data.ipynb #4f0b2a19
 def _line(row: EvaluationRow) -> str:
     "A row as a line of JSON."
     return json.dumps(row.to_dict(), ensure_ascii=False) + "\n"
 
 # %% ../nbs/evaluation_data.ipynb #3e951611
+_RUN = "llmops_ref_run"    # the first line of a run's file holds it
 MAX_ROW_BYTES = 10_000_000    # of a line: a longer one is no question with its passages, and would fill the memory
 
 
@@ -408,7 +412,8 @@ def _parse(line: bytes, file: str, number: int) -> Any:
         hint = "The file seems to be UTF-16: save" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "Save"
         raise DatasetFormatError(f"byte {error.start + 1} is not UTF-8.", f"{hint} it as UTF-8.", file, number) from error
     except json.JSONDecodeError as error:
-        raise DatasetFormatError(f"it is not JSON: {error.msg} at character {error.pos + 1}.", "Write one JSON object a line.", file, number) from error
+        hint = "Take the objects out of the list and write each on one line." if number == 1 and line.strip() == b"[" else "Write one JSON object a line."
+        raise DatasetFormatError(f"it is not JSON: {error.msg} at character {error.pos + 1}.", hint, file, number) from error
     except (ValueError, RecursionError) as error:
         raise DatasetFormatError(f"it is not usable JSON: {type(error).__name__}.", "Write numbers and nesting of a sane size.", file, number) from error
 
@@ -570,7 +575,7 @@ def _from_run(run: Any, file: str, number: int, references: Mapping[str, str]) -
     record["metadata"] = {name: given[name] for name in ("kind", "split", "document", "groups", "expected") if name in given}
     return record
 
-# %% ../nbs/evaluation_data.ipynb #21904fb2
+# %% ../nbs/evaluation_data.ipynb #81b31156
 class RunFileError(BadInputError):
     "A file is no run, or a run of other questions or another system: nothing was written to it."
 
@@ -578,10 +583,7 @@ class RunFileError(BadInputError):
 class RunLockedError(LlmopsRefError, TimeoutError):
     "Another process, or another call in this one, is writing the same run."
 
-
-_RUN = "llmops_ref_run"    # the first line of a run's file holds it
-
-
+# %% ../nbs/evaluation_data.ipynb #3e6c15d0
 @dataclass(frozen=True)
 class _RunFile:
     "A run on disk: a line that says what was asked of whom, then a line for each row that came back, in the order they did."
@@ -650,11 +652,11 @@ class _RunFile:
                 rows = "".join(_line(self.found[id]) for id in self.header["ids"])
                 temporary.write_text(json.dumps(self.header, ensure_ascii=False) + "\n" + rows, encoding="utf-8")
 
-# %% ../nbs/evaluation_data.ipynb #01c3db02
+# %% ../nbs/evaluation_data.ipynb #8ac1c720
 class Answerer(Protocol):
     "What `run_rag` can ask: `llmops_ref.rag.RAG`, or anything that returns an `Answer`. `groups` is passed where a row names any."
 
-    def ask(self, question: str, **wishes: Any) -> Any: ...
+    def ask(self, question: str, *, groups: Iterable[str] | AllGroups | None = ...) -> Any: ...
 
 
 def _stable(value: Any) -> Any:
@@ -784,6 +786,8 @@ class _Recorder(threading.Thread):
 
     def _resume(self, out: Path) -> None:
         "Go on where the file ends, or begin it."
+        if out.is_dir():
+            raise RunFileError(f"{out.name!r} is a folder.", "Name a file for the run.")
         if not out.exists():
             _RunFile.create(out, self.header)
         run = _RunFile.read(out)
@@ -827,7 +831,7 @@ def _only_writer(out: Path) -> Iterator[None]:
     finally:
         lock.release()
 
-
+# %% ../nbs/evaluation_data.ipynb #c9fd7a99
 def run_rag(
     rag: Answerer,                                        # such as `RAG`
     dataset: EvaluationDataset,                           # questions; what another system answered is replaced
@@ -933,7 +937,7 @@ def load_labelled(
         raise DatasetFormatError("there are no claims in it.", "Label at least one.", Path(path).name)
     return found
 
-
+# %% ../nbs/evaluation_data.ipynb #a8a258e4
 _LABELS = {"accurate": True, "minor_inaccurate": False, "major_inaccurate": False, "true": True, "false": False, "1": True, "0": False}
 
 

@@ -11,39 +11,47 @@ import contextvars
 import copy
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import math
 import os
 import re
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property, partial
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from langchain_core.embeddings import Embeddings
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage
+from langchain_core.language_models import BaseChatModel, SimpleChatModel
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.outputs import ChatResult
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import BaseModel, ValidationError
 
 from .core import BadInputError, LlmopsRefError, atomic_path, disable_telemetry, require
 from .documents import sentences
-from .engine import tuning_record
+from .engine import tuning_record, usable_cores
 from .evaluation_data import Claim, EvaluationRow, Judge
-from .evidence import amounts_in
+from .evidence import amounts_in, stems
 from .models import load_chat_model, load_embeddings
 from .scores import Failure, FailureKind, Value
 
+if TYPE_CHECKING:
+    from llmops_ref.judges import JudgeIdentity
+
 # %% auto #0
 __all__ = ['METRICS', 'ModelForJudging', 'MetricSpec', 'JudgeCallError', 'failure_of', 'CallCache', 'chat_identity',
-           'LangChainJudge', 'RagasEmbeddings', 'Metric', 'measure', 'load_metrics', 'as_metric', 'as_judge']
+           'LangChainJudge', 'RagasEmbeddings', 'RuleChat', 'Metric', 'measure', 'load_metrics', 'as_metric',
+           'as_judge', 'judge_trial']
 
 # %% ../nbs/metrics.ipynb #ed36c407
 @dataclass(frozen=True)
@@ -196,6 +204,11 @@ _OURS = [
         "a right figure for the wrong thing: the fee of another account",
     ),
     MetricSpec(
+        "figure_recall", _OWN, _ANSWER,
+        "Does the answer give the figures of the wanted one?",
+        "what the figure is said of, and everything that is no figure",
+    ),
+    MetricSpec(
         "citation_validity", _OWN, ("citations", "retrieved_contexts"),
         "What share of the citations stands word for word in the passages?",
         "whether a real quotation supports what is said beside it",
@@ -268,6 +281,28 @@ def _short(text: str, most: int = 300) -> str:
     return line if len(line) <= most else f"{line[:most]}…"
 
 # %% ../nbs/metrics.ipynb #f6bb1df2
+class _UnawaitedThreads(concurrent.futures.ThreadPoolExecutor):
+    "A thread for each call, which nobody waits for at the end of the program."
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                outcome = function(*arguments, **options)
+            except Exception as error:
+                future.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+            except BaseException as error:    # sys.exit() in somebody's metric must not end the loop
+                future.set_exception(RuntimeError(repr(error)))
+            else:
+                future.set_result(outcome)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future
+
+# %% ../nbs/metrics.ipynb #6196f7ae
 _Result = TypeVar("_Result")
 
 
@@ -283,6 +318,7 @@ class _PrivateLoop:
         with self._lock:
             if self._loop is None or self._thread is None or not self._thread.is_alive():    # not alive: after a fork
                 self._loop = asyncio.new_event_loop()
+                self._loop.set_default_executor(_UnawaitedThreads())
                 self._thread = threading.Thread(target=self._loop.run_forever, name="llmops-ref-metrics", daemon=True)
                 self._thread.start()
             return self._loop
@@ -312,27 +348,13 @@ class _PrivateLoop:
 
 _LOOP = _PrivateLoop()
 
-# %% ../nbs/metrics.ipynb #6196f7ae
-async def _in_thread(function: Callable[[], _Result]) -> _Result:
-    "Run blocking code without blocking the loop, in a thread that does not hold up the end of the program if it hangs."
-    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-    future: asyncio.Future[_Result] = loop.create_future()
-
-    def settle(give: Callable[[Any], None], outcome: Any) -> None:
-        if not future.done():
-            give(outcome)
-
-    def work() -> None:
-        try:
-            outcome = context.run(function)
-        except Exception as error:
-            problem = RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
-            loop.call_soon_threadsafe(settle, future.set_exception, problem)
-        else:
-            loop.call_soon_threadsafe(settle, future.set_result, outcome)
-
-    threading.Thread(target=work, daemon=True).start()
-    return await future
+# %% ../nbs/metrics.ipynb #295ec701
+async def _contained(work: Awaitable[_Result]) -> _Result:
+    "What `work` gives; its attempt to end the program is an error like others."
+    try:
+        return await work
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise RuntimeError(repr(error)) from error
 
 
 @dataclass
@@ -445,7 +467,7 @@ def _read_reply(reply: _Reply, form: type[_Form]) -> _Form:
     "The form that the reply fills in, alone or inside a code block or other text. Raises `JudgeCallError`."
     if reply.refusal:
         raise JudgeCallError(Failure("refused", _short(reply.refusal)))
-    text = reply.text.strip()
+    text = reply.text.rpartition("</think>")[2].strip()    # what a reasoning model thinks before is no reply
     with_rest = [text[text.index("{"):]] if "{" in text else []
     problem = "there is no JSON in it"
     for candidate in [text, *_FENCED.findall(text), *with_rest]:
@@ -498,11 +520,12 @@ def _recall(judge: LangChainJudge, key: str, form: type[_Form]) -> _Form | None:
 async def _send(judge: LangChainJudge, prompt: str, form: type[BaseModel]) -> Any:
     "Ask the model, with the schema where its interface takes one and its server does not refuse it."
     chat, messages = judge.chat_model, [HumanMessage(prompt)]
-    if not judge.sends_schema:
-        return await chat.ainvoke(messages)
-    if not isinstance(chat, BaseChatOpenAI):
-        takes = type(chat).bind_tools is not BaseChatModel.bind_tools
-        return await (chat.with_structured_output(form, include_raw=True) if takes else chat).ainvoke(messages)
+    if judge.sends_schema and not isinstance(chat, BaseChatOpenAI) and type(chat).bind_tools is not BaseChatModel.bind_tools:
+        asked: Any = chat.with_structured_output(form, include_raw=True)
+    else:
+        asked = chat
+    if not judge.sends_schema or not isinstance(chat, BaseChatOpenAI):
+        return await asked.ainvoke(messages)
     schema = {"name": form.__name__, "schema": _closed(form.model_json_schema()), "strict": True}
     try:
         return await chat.ainvoke(messages, response_format={"type": "json_schema", "json_schema": schema})
@@ -576,6 +599,8 @@ class LangChainJudge:
             reply = _Reply.of(await asyncio.wait_for(_send(self, prompt, form), self.timeout))
             self.usage.update(reply.usage)
             filled = _read_reply(reply, form)
+        except TimeoutError as error:
+            raise _note(self, JudgeCallError(Failure("timeout", str(error) or f"no reply within {self.timeout} s")), key) from error
         except Exception as error:
             raise _note(self, error, key) from error
         if self.cache is not None:
@@ -611,36 +636,90 @@ class RagasEmbeddings:
         return (await self.aembed_texts([text]))[0]
 
 
-def _import_ragas(module: str = "ragas.metrics") -> Any:
-    "A module of RAGAS, which then knows our two adapters; telemetry off before it is imported."
+def _import_ragas() -> Any:
+    "RAGAS' metrics, told of our two adapters; telemetry off before they are imported."
     disable_telemetry()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)    # of its own imports
-        found = require(module, extra="evaluation")
+        found = require("ragas.metrics", extra="evaluation")
         require("ragas.llms.base", extra="evaluation").InstructorBaseRagasLLM.register(LangChainJudge)
         require("ragas.embeddings.base", extra="evaluation").BaseRagasEmbedding.register(RagasEmbeddings)
     return found
 
+# %% ../nbs/metrics.ipynb #86302f5d
+class RuleChat(SimpleChatModel):
+    "A chat model that fills in RAGAS' forms by rules, to try metrics and pipelines with; not to judge anything real."
+
+    @property
+    def _llm_type(self) -> str:
+        return "rules"
+
+    async def _agenerate(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> ChatResult:
+        return self._generate(messages, *arguments, **options)
+
+    def _call(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> str:
+        prompt = str(messages[-1].content)
+        given, _ = json.JSONDecoder().raw_decode(prompt.rpartition("\ninput: ")[2] or "{}")
+        text = given.get("answer") or given.get("response") or ""
+        parts = [text[start:end] for start, end in sentences(text)]
+        verdicts = [(part, int(_words_stand_in(part, given.get("context", "")))) for part in given.get("statements", parts)]
+        forms: dict[str, Any] = {
+            "StatementGeneratorOutput": {"statements": parts},
+            "ClaimDecompositionOutput": {"claims": parts},
+            "NLIStatementOutput": {"statements": [{"statement": part, "reason": "by rule", "verdict": yes} for part, yes in verdicts]},
+            "ContextRecallOutput": {"classifications": [{"statement": part, "reason": "by rule", "attributed": yes} for part, yes in verdicts]},
+            "ContextPrecisionOutput": {"reason": "by rule", "verdict": int(any(yes for _, yes in verdicts))},
+            "AnswerRelevanceOutput": {"question": f"{text}?", "noncommittal": int("cannot" in text)},
+        }
+        return json.dumps(next((form for name, form in forms.items() if f'"title": "{name}"' in prompt), {}))
+
+
+def _words_stand_in(statement: str, text: str) -> bool:
+    "Whether a text holds a statement's amounts and at least seven tenths of its content words."
+    words = stems(statement)
+    return amounts_in(statement) <= amounts_in(text) and len(words & stems(text)) >= 0.7 * len(words)
+
 # %% ../nbs/metrics.ipynb #749687d0
+_LEAD_IN = "The generated answer is not supported by the documents, so here is the passage that fits best: "
+_LEFT_OUT = "[The rest of the generated answer is left out: the documents do not support it.]"
+
+
+_MARK = re.compile(r"\s*\[\d{1,3}(?:\s*[,;]\s*\d{1,3})*\]")
+
+
+def _said(response: str) -> str:
+    "What a response says of the matter: without marks like [1], and of our RAG's fallback the quotation alone."
+    text = _MARK.sub("", response.replace(_LEFT_OUT, "")).strip()
+    if not text.startswith(_LEAD_IN):
+        return text
+    quoted = re.fullmatch(r"“(.*)” \(.*\)", text.removeprefix(_LEAD_IN), re.DOTALL)
+    return quoted[1] if quoted else text.removeprefix(_LEAD_IN)
+
+
 def _lowest_support(judge: Judge, response: str, contexts: Sequence[str], question: str) -> float:
-    "Support of the least supported sentence. Raises `JudgeCallError` where the judge fails on one."
-    claims = [Claim(response[start:end], tuple(contexts), question) for start, end in sentences(response)]
+    """Support of the least supported sentence; a sentence in which the judge finds nothing to check counts where no other does.
+
+    Raises `JudgeCallError` where the judge fails on one.
+    """
+    said = _said(response)
+    claims = [Claim(said[start:end], tuple(contexts), question) for start, end in sentences(said)]
     if not claims:
         raise JudgeCallError(Failure("missing_field", "the response is empty"))
     found = list(judge.judge(claims))
     if len(found) != len(claims):
         raise JudgeCallError(Failure("upstream", f"{judge.name} gave {len(found)} values for {len(claims)} sentences"))
-    for value in found:
+    checked = [value for value in found if not (isinstance(value, Failure) and value.kind == "missing_field")] or found
+    for value in checked:
         if isinstance(value, Failure):
             raise JudgeCallError(value)
-    return min(float(value) for value in found if not isinstance(value, Failure))
+    return min(float(value) for value in checked if not isinstance(value, Failure))
 
 
 def _support_metric(judge: Judge, *, yes_or_no: bool) -> Any:
     "`groundedness` or `grounded`, as a RAGAS metric."
     async def support(response: str, retrieved_contexts: list[str], user_input: str = "") -> float:
         try:
-            lowest = await _in_thread(partial(_lowest_support, judge, response, retrieved_contexts, user_input))
+            lowest = await asyncio.to_thread(_lowest_support, judge, response, retrieved_contexts, user_input)
         except Exception as error:
             if (row := _row_calls.get()) is not None:    # RAGAS turns errors of custom metrics into None
                 row.failures.append(failure_of(error))
@@ -653,9 +732,15 @@ def _support_metric(judge: Judge, *, yes_or_no: bool) -> Any:
 # %% ../nbs/metrics.ipynb #935dd76a
 def _number_agreement(response: str, retrieved_contexts: list[str]) -> float:
     "Share of the response's numbers and amounts that a passage holds; 1 where it names none."
-    named = amounts_in(response)
+    named = amounts_in(_said(response))
     held = {amount for text in retrieved_contexts for amount in amounts_in(text)}
     return len(named & held) / len(named) if named else 1.0
+
+
+def _figure_recall(response: str, reference: str) -> float:
+    "Share of the reference's numbers and amounts that the response gives; 1 where the reference names none."
+    wanted = amounts_in(reference)
+    return len(wanted & amounts_in(_said(response))) / len(wanted) if wanted else 1.0
 
 
 def _citation_validity(citations: list[Any], retrieved_contexts: list[str]) -> float:
@@ -674,7 +759,7 @@ def _correct_decision(expected: str, refused: bool) -> float:
 
 
 _FUNCTIONS: dict[str, Callable[..., float]] = {
-    "number_agreement": _number_agreement, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
+    "number_agreement": _number_agreement, "figure_recall": _figure_recall, "citation_validity": _citation_validity, "correct_decision": _correct_decision,
 }
 
 
@@ -685,9 +770,10 @@ def _build(spec: MetricSpec, llm: Any, embeddings: Any, claims_judge: Judge | No
         return _support_metric(claims_judge, yes_or_no=spec.name == "grounded")
     if spec.source == _OWN:
         return _import_ragas().numeric_metric(name=spec.name, allowed_values=(0.0, 1.0))(_FUNCTIONS[spec.name])
+    _import_ragas()
     module, _, name = spec.source.partition(":")
     parts = {"llm": llm() if spec.judge else None, "embeddings": embeddings() if spec.embeddings else None}
-    return getattr(_import_ragas(module), name)(**{part: value for part, value in parts.items() if value is not None})
+    return getattr(importlib.import_module(module), name)(**{part: value for part, value in parts.items() if value is not None})
 
 # %% ../nbs/metrics.ipynb #b72a0a87
 @dataclass(frozen=True)
@@ -727,24 +813,27 @@ def _plan(
 
 def _awaited(obj: Any) -> Callable[[dict[str, Any]], Awaitable[Any]]:
     "A decorated function that is not asynchronous, run beside the loop: if it hangs, it hangs alone."
-    lock = threading.Lock()    # RAGAS keeps the checked arguments on the metric: one call at a time
-
     def run(values: dict[str, Any]) -> Any:
-        with lock:
-            return asyncio.run(obj.ascore(**values))
+        return asyncio.run(copy.copy(obj).ascore(**values))    # a copy, because RAGAS keeps the checked arguments on the metric
 
-    return lambda values: _in_thread(partial(run, values))
+    return lambda values: asyncio.to_thread(run, values)
 
 
 def _plan_of_columns(obj: Any) -> _Plan:
     "The plan of RAGAS' older metrics, which name their columns and take a sample."
-    turn = "SINGLE_TURN" if obj.required_columns.get("SINGLE_TURN") or not hasattr(obj, "multi_turn_ascore") else "MULTI_TURN"
+    turn = "SINGLE_TURN" if "SINGLE_TURN" in obj.required_columns else "MULTI_TURN"    # of those that take both, a single turn
     needs = tuple(sorted(obj.required_columns.get(turn, ())))
     takes = tuple(sorted(obj.get_required_columns(with_optional=True).get(turn, ())))
     schema = require("ragas.dataset_schema", extra="evaluation")
-    if turn == "MULTI_TURN":
-        return _Plan(needs, takes, lambda values: obj.multi_turn_ascore(schema.MultiTurnSample(**values)), messages=True)
-    return _Plan(needs, takes, lambda values: obj.single_turn_ascore(schema.SingleTurnSample(**values)))
+    if turn == "SINGLE_TURN":
+        return _Plan(needs, takes, lambda values: obj.single_turn_ascore(schema.SingleTurnSample(**values)))
+
+    async def call(values: dict[str, Any]) -> Any:
+        if isinstance(values.get("user_input"), str):
+            raise BadInputError(f"user_input must be a list of messages for {obj.name}.", "Give the whole conversation.")
+        return await obj.multi_turn_ascore(schema.MultiTurnSample(**values))
+
+    return _Plan(needs, takes, call, messages=True)
 
 # %% ../nbs/metrics.ipynb #f9bbc424
 _MESSAGES = {"human": "HumanMessage", "ai": "AIMessage", "tool": "ToolMessage"}
@@ -752,7 +841,7 @@ _MESSAGES = {"human": "HumanMessage", "ai": "AIMessage", "tool": "ToolMessage"}
 
 def _value_from(row: EvaluationRow, name: str, *, messages: bool) -> Any:
     "A field of the row, else what its metadata hold under that name, as RAGAS takes it; None where there is none."
-    value = getattr(row, name, None) if name != "metadata" and name in row.__dataclass_fields__ else row.metadata.get(name)
+    value = getattr(row, name) if name in row.__dataclass_fields__ else row.metadata.get(name)
     if name == "user_input":
         return value if isinstance(value, str) else _ragas_messages(row) if messages else row.question
     if name == "reference_tool_calls" and value is not None:
@@ -812,12 +901,20 @@ class Metric:
     rows: Literal["all", "answerable"] = "answerable"
     labels: Mapping[str, float] = field(default_factory=dict, compare=False)    # of a discrete metric: what each label is worth
     llm: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)    # for metrics handed their model at each call
+    claims_judge: Judge | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def judge_identity(self) -> JudgeIdentity | None:
+        "What a card of this metric's judge must have been made of; None where nothing is judged."
+        from llmops_ref.judges import identity
+
+        return identity(self.claims_judge or _metric_judge(self, 0.5, 1)) if self.judge else None
 
     @property
     def lowest(self) -> float:
-        "What a failed row counts as: 0 or the low end of the range; of a metric where less is better, its high end."
+        "What a failed row counts as: 0, or the low end of a range above 0; where less is better the high end, NaN where there is none."
         low, high = self.range
-        return max(0.0, low) if self.higher_is_better else high
+        return max(0.0, low) if self.higher_is_better else high if math.isfinite(high) else math.nan
 
     @cached_property
     def ragas(self) -> Any:
@@ -827,6 +924,11 @@ class Metric:
     @cached_property
     def _plan(self) -> _Plan:
         return _plan(self.ragas, self.llm())
+
+    def prepared(self) -> Metric:
+        "The metric with its RAGAS object made: what cannot be made raises here, before anything runs."
+        _ = self._plan
+        return self
 
     def measure(
         self,
@@ -840,8 +942,7 @@ class Metric:
 
     async def values(self, rows: Sequence[EvaluationRow], *, workers: int = 4, timeout: float | None = None) -> dict[str, Value]:
         "`measure`, without blocking the event loop."
-        self._plan  # noqa: B018 - built here, because importing RAGAS takes seconds
-        return (await _LOOP.shared(_measure([self], rows, workers, timeout, None)))[self.name]
+        return (await _LOOP.shared(_measure([self.prepared()], rows, workers, timeout, None)))[self.name]
 
     async def _value(self, row: EvaluationRow, timeout: float | None) -> Value:
         "One row's value; whatever goes wrong is a `Failure`."
@@ -855,12 +956,14 @@ class Metric:
             if missing:
                 return Failure("missing_field", ", ".join(missing))
             given = {name: value for name, value in given.items() if value is not None}
-            result = await asyncio.wait_for(self._plan.call(given), timeout)
+            result = await asyncio.wait_for(_contained(self._plan.call(given)), timeout)
             value = _to_value(result, self.range, self.labels)
-            if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if not given[name]]):
+            if isinstance(value, Failure) and value.kind == "not_a_number" and (empty := [name for name in given if given[name] in ("", [])]):
                 value = replace(value, detail=f"{value.detail}; empty: {', '.join(empty)}")
         except Exception as error:
             value = failure_of(error)
+            if value.kind == "timeout" and not str(error):
+                value = replace(value, detail=f"no value within {timeout} s")
         finally:
             _row_calls.reset(token)
         return calls.failures[-1] if isinstance(value, Failure) and calls.failures else value
@@ -878,11 +981,9 @@ def measure(
 
     Raises `BadInputError` for two metrics of one name.
     """
-    ready = [as_metric(one) for one in metrics]
+    ready = [as_metric(one).prepared() for one in metrics]
     if twice := [name for name, count in Counter(metric.name for metric in ready).items() if count > 1]:
         raise BadInputError(f"There are two metrics named {twice[0]!r}.", "Give each a name of its own.")
-    for metric in ready:
-        metric._plan  # noqa: B018 - built here, so that a metric that cannot be built raises before anything runs
     return _LOOP.run(_measure(ready, rows, workers, timeout, on_value))
 
 
@@ -904,9 +1005,12 @@ async def _measure(
             if on_value is not None:
                 on_value(metric.name, row.id, value)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(max(1, workers)):
-            group.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(max(1, workers)):
+                group.create_task(work())
+    except BaseExceptionGroup as errors:    # only `on_value` can raise: the caller's own error, as it was
+        raise errors.exceptions[0] from None
     return {metric.name: {row.id: found[metric.name][row.id] for row in rows} for metric in metrics}
 
 # %% ../nbs/metrics.ipynb #79c96fc7
@@ -991,10 +1095,11 @@ class _Parts:
         return Metric(
             spec.name, _fingerprint(spec.name, decides), partial(_build, spec, lambda: self.llm, lambda: self.vectors, self.claims_judge),
             spec.needs, name, model, spec.range, spec.higher_is_better, spec.rows,
+            claims_judge=self.claims_judge if spec.judge == "claims" else None,
         )
 
 
-_OWN_VERSION = 1    # raise it when a metric of ours changes its values: caches then measure again
+_OWN_VERSION = 2    # raise it when a metric of ours changes its values: caches then measure again
 
 
 def _fingerprint(name: str, decides: Mapping[str, Any]) -> str:
@@ -1130,21 +1235,90 @@ class _MetricJudge:
 
     def judge(self, claims: Sequence[Claim]) -> list[Value]:
         "The metric's value for each claim, as if it were the whole answer."
+        compared = "retrieved_contexts" not in self.metric.needs    # with a reference: then the passages are it
         rows = [
-            EvaluationRow(str(number), claim.question or claim.text, response=claim.text, retrieved_contexts=claim.passages)
+            EvaluationRow(
+                str(number), claim.question or claim.text, response=claim.text, retrieved_contexts=claim.passages,
+                reference="\n".join(claim.passages) if compared else claim.text,
+            )
             for number, claim in enumerate(claims)
         ]
         return list(self.metric.measure(rows, workers=self.workers).values())
 
 
 def as_judge(
-    metric: Any,                  # a `Metric` or RAGAS object that needs no more than question, response and passages
+    metric: Any,                  # a `Metric` or RAGAS object that needs question, response, passages, reference at most
     threshold: float = 0.5,       # supported from here on
     *,
     workers: int = 4,             # claims in progress at once
 ) -> Judge:
-    "Any such metric as a judge of claims, to be calibrated on labelled claims. Raises `BadInputError` where it needs more."
+    """Any such metric as a judge of claims, to be calibrated on labelled claims. Raises `BadInputError` where it needs more.
+
+    The claim is the response; it is also the reference where the metric holds a reference against passages. Where it
+    holds the response against a reference, the passages are the reference.
+    """
     ready = as_metric(metric)
-    if more := set(ready.needs) - {"user_input", "response", "retrieved_contexts"}:
+    if more := set(ready.needs) - {"user_input", "response", "reference", "retrieved_contexts"}:
         raise BadInputError(f"{ready.name} needs {', '.join(sorted(more))}, which a claim has not.", "Use a metric of answers against passages.")
-    return _MetricJudge(ready, ready.judge or ready.name, ready.model, ready.fingerprint, threshold, workers)
+    if ready.claims_judge is not None:
+        return ready.claims_judge
+    return _metric_judge(ready, threshold, workers)
+
+
+def _metric_judge(metric: Metric, threshold: float, workers: int) -> _MetricJudge:
+    return _MetricJudge(metric, metric.judge or metric.name, metric.model, metric.fingerprint, threshold, workers)
+
+# %% ../nbs/metrics.ipynb #46b8b75b
+def _trial_rows(questions: int) -> list[EvaluationRow]:
+    "Questions on the handbook, each with its right answer and with the answer to the next question."
+    lines = (resources.files("llmops_ref") / "data" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [row for row in map(json.loads, lines) if row["kind"] == "lookup" and row["split"] == "dev"][:questions]
+    shifted = found[1:] + found[:1]
+    return [
+        EvaluationRow(
+            f"{row['id']} {kind}", row["user_input"], response=answer, reference=row["reference"],
+            retrieved_contexts=tuple(row["reference_contexts"]), metadata={"document": row["id"]},
+        )
+        for row, other in zip(found, shifted, strict=True)
+        for kind, answer in (("right", row["reference"]), ("wrong", other["reference"]))
+    ]
+
+
+_OF_ANSWERS = ("faithfulness", "answer_relevancy", "factual_correctness")
+
+
+def judge_trial(
+    judge: ModelForJudging = "embedded",                 # a chat model, a spec, a `LangChainJudge`
+    *,
+    names: Sequence[str] = _OF_ANSWERS,
+    questions: int = 3,                                  # on the handbook; each is judged twice
+    max_tokens: int = 256,                               # of a reply, where `judge` is a spec
+    timeout: float | None = 120.0,                       # seconds for one judge call
+    out: str | os.PathLike[str] | None = None,           # JSON file to write
+) -> dict[str, Any]:
+    "Whether RAGAS' metrics through this judge give numbers, and higher ones to right answers than to wrong ones."
+    chat = load_chat_model(judge, temperature=0.0, max_tokens=max_tokens) if isinstance(judge, str) else judge
+    llm = LangChainJudge(chat, timeout=timeout) if isinstance(chat, BaseChatModel) else chat
+    rows, began, record = _trial_rows(questions), time.perf_counter(), []
+    for metric in load_metrics(names, judge=llm):
+        values = metric.measure(rows, workers=1)
+        given = [value if isinstance(value, Failure) else round(value, 3) for value in values.values()]
+        pairs = list(zip(given[::2], given[1::2], strict=True))
+        both = [(right, wrong) for right, wrong in pairs if not isinstance(right, Failure) and not isinstance(wrong, Failure)]
+        failed = [value for value in values.values() if isinstance(value, Failure)]
+        record.append({
+            "metric": metric.name, "values": len(values), "failures": dict(Counter(failure.kind for failure in failed)),
+            "why": [detail for detail, _ in Counter(failure.detail for failure in failed).most_common(3)], "pairs": len(pairs), "pairs_with_values": len(both),
+            "right_above_wrong": sum(right > wrong for right, wrong in both),
+            "right": [value if isinstance(value, float) else value.kind for value, _ in pairs],
+            "wrong": [value if isinstance(value, float) else value.kind for _, value in pairs],
+        })
+    found = {
+        "date": datetime.now(UTC).date().isoformat(), "device": f"CPU, {usable_cores()} cores", "ragas": metadata.version("ragas"),
+        "judge": llm.identity, "calls": llm.asked, "failed_calls": dict(llm.failed), "tokens": dict(llm.usage),
+        "seconds_per_call": round((time.perf_counter() - began) / max(1, llm.asked), 1), "metrics": record,
+    }
+    if out is not None:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found

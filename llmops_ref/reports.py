@@ -30,7 +30,7 @@ __all__ = ['REPORT_SCHEMA', 'ReportError', 'Reported', 'report_data', 'report_ht
 # %% ../nbs/reports.ipynb #7ee7d0cd
 REPORT_SCHEMA = 1    # of report.json: raised when a name in it changes its meaning
 _LONGEST = {"question": 1_000, "response": 4_000, "reference": 2_000, "passage": 1_500, "detail": 300}    # characters of a text in a report
-_MOST_PASSAGES = 8
+_MOST_PASSAGES, _MOST_SLICES = 8, 12
 
 
 class ReportError(BadInputError):
@@ -67,14 +67,14 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     return _clean(value)
 
-# %% ../nbs/reports.ipynb #0d2c3e54
+# %% ../nbs/reports.ipynb #42cab2fd
 class Reported(Evaluated, Protocol):
     "What a report reads of an evaluation beyond what the gate reads; `llmops_ref.evaluation.Evaluation` is one."
 
     @property
     def environment(self) -> Mapping[str, Any]: ...                       # device, versions, date
     def slices(self, by: str, metric: str) -> Iterable[Any]: ...          # each with a name and a score
-    def attribution(self) -> Any: ...                                     # rows by what went wrong
+    def attribution(self) -> Any: ...                                     # with `counts`: rows by what became of them
 
 
 def _value(value: Value | None) -> Any:
@@ -98,17 +98,17 @@ def _metric(evaluation: Reported, name: str, level: float) -> dict[str, Any]:
     low, high = min([0.0, *numbers]), max([1.0, *numbers])
     counts = [0] * 10
     for number in numbers:
-        counts[min(int(10 * (number - low) / (high - low)), 9)] += 1
-    plain = {"name": name, "judge": facts.judge, "higher_is_better": facts.higher_is_better, "rows": len(values)}
+        counts[min(int(10 * ((number / 2 - low / 2) / (high / 2 - low / 2))), 9)] += 1    # halves: the range may be too long for a float
+    plain = {"name": _clean(name), "judge": facts.judge and _clean(facts.judge), "higher_is_better": facts.higher_is_better, "rows": len(values)}
     return plain | {"score": _plain(found), "range": [low, high], "histogram": counts}
 
-
+# %% ../nbs/reports.ipynb #18a1d9e6
 def _judge(evaluation: Reported, name: str, result: GateResult | None) -> dict[str, Any]:
     "One judge: what it is, its card, and what the gate says of it."
     check = next((check for check in result.checks if (check.kind, check.of) == ("judge", name)), None) if result else None
     identity, card = evaluation.judges.get(name), evaluation.cards.get(name)
     plain = {key: getattr(identity, key, None) for key in ("model", "prompt_hash")}
-    return {"name": name, **plain, "card": _plain(card), "verdict": check and check.verdict, "reason": check and check.reason}
+    return {"name": _clean(name), **_plain(plain), "card": _plain(card), "verdict": check and check.verdict, "reason": check and check.reason}
 
 
 def _worst(evaluation: Reported, metric: str, rows: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _worst(evaluation: Reported, metric: str, rows: Mapping[str, Any], n: int) -
     worth = {row: -math.inf if number is None else sign * number for row, number in numbers.items()}
     best = max(worth.values(), default=0.0)
     order = sorted((row for row in worth if worth[row] < best or numbers[row] is None), key=lambda row: (worth[row], row))
-    return {"metric": metric, "rows": order[:n]}
+    return {"metric": _clean(metric), "rows": order[:n]}
 
 
 def _row(evaluation: Reported, row: Any) -> dict[str, Any]:
@@ -130,8 +130,25 @@ def _row(evaluation: Reported, row: Any) -> dict[str, Any]:
         "response": _cut(row.response, "response"), "reference": _cut(row.reference, "reference"),
         "error": error and _cut(f"{error.kind}: {error.message}", "detail"),
         "passages": passages[:_MOST_PASSAGES], "passages_in_all": len(passages),
-        "values": {metric: _value(evaluation.values(metric)[row.id]) for metric in evaluation.metrics if row.id in evaluation.values(metric)},
+        "values": {_clean(metric): _value(evaluation.values(metric)[row.id]) for metric in evaluation.metrics if row.id in evaluation.values(metric)},
     }  # fmt: skip
+
+
+def _slices(evaluation: Reported, by: str, metric: str) -> list[dict[str, Any]]:
+    "The slices of a metric, the worst first; none where the rows say nothing of what they are cut by."
+    try:
+        found = list(evaluation.slices(by, metric))
+    except BadInputError:
+        return []
+    return [{"name": _clean(one.name), "score": _plain(one.score)} for one in found]
+
+
+def _attribution(evaluation: Reported) -> dict[str, int] | None:
+    "Rows by what became of them; None where no metric tells."
+    try:
+        return {_clean(cause): count for cause, count in evaluation.attribution().counts.items()}
+    except BadInputError:
+        return None
 
 # %% ../nbs/reports.ipynb #8b442271
 def report_data(
@@ -156,18 +173,14 @@ def report_data(
         "gate": _plain(result),
         "metrics": [_metric(evaluation, name, level) for name in evaluation.metrics],
         "judges": [_judge(evaluation, name, result) for name in judges],
-        "slices": [
-            {"by": by, "metric": metric, "slices": [{"name": _clean(one.name), "score": _plain(one.score)} for one in evaluation.slices(by, metric)]}
-            for by in slices
-            for metric in evaluation.metrics
-        ],
-        "attribution": _plain(evaluation.attribution()),
-        "worst": found,
+        "slices": [{"by": by, "metric": _clean(metric), "slices": _slices(evaluation, by, metric)} for by in slices for metric in evaluation.metrics],
+        "attribution": _attribution(evaluation),
+        "worst": [one | {"rows": list(map(_clean, one["rows"]))} for one in found],
         "rows": {_clean(row): _row(evaluation, rows[row]) for row in shown},
         "environment": _plain(evaluation.environment),
     }  # fmt: skip
 
-# %% ../nbs/reports.ipynb #03e7996a
+# %% ../nbs/reports.ipynb #d9bd8dd9
 class _Html(str):
     "Text that is markup already; every other text is escaped where it is put into an element."
 
@@ -193,7 +206,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]], caption: str) ->
     body = _element("tbody", *(_element("tr", *map(cell, row)) for row in rows))
     return _element("div", _element("table", _element("caption", caption), head, body), class_="wide")
 
-
+# %% ../nbs/reports.ipynb #7413ad08
 def _figure(value: float | None) -> str:
     "A number with three decimals, a dash where there is none."
     return "–" if value is None else f"{round(value, 3) + 0.0:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
@@ -208,8 +221,13 @@ def _interval(found: Mapping[str, Any] | None) -> str:
         return f"{_figure(estimate)} (no interval)"
     return f"{_figure(estimate)} ({_figure(found['ci_low'])} to {_figure(found['ci_high'])})"
 
-# %% ../nbs/reports.ipynb #d9bd8dd9
-_WIDTH, _HEIGHT = 220, 26    # of a drawing, in pixels
+
+def _named(name: str, note: str) -> _Html:
+    "A name, and in small type what it is."
+    return _join([_element("strong", name), *([_Html("<br>"), _element("small", note)] if note else [])])
+
+# %% ../nbs/reports.ipynb #b996e098
+_WIDTH, _HEIGHT = 200, 26    # of a drawing, in pixels
 
 
 def _drawing(label: str, *parts: _Html) -> _Html:
@@ -245,10 +263,10 @@ def _bar(
         parts += [_element("circle", cx=f"{at(value):.1f}", cy=middle, r=4, class_=kind)] if value is not None else []
     return _drawing(f"{_interval(found)} on a scale from {low:g} to {high:g}" + (f", limit {limit:g}" if limit is not None else ""), *parts)
 
-
+# %% ../nbs/reports.ipynb #bd3490e9
 def _spread(counts: Sequence[int], low: float, high: float) -> _Html:
     "How values are spread: ten columns from the lowest to the highest."
-    tallest, width = max(counts) or 1, (_WIDTH / 2 - 4) / len(counts)
+    tallest, width = max(counts) or 1, (_WIDTH / 2 - 20) / len(counts)
     columns = [
         _element("rect", x=f"{place * width:.1f}", width=f"{width - 1:.1f}", y=f"{_HEIGHT - 2 - 20 * count / tallest:.1f}", height=f"{20 * count / tallest:.1f}", class_="column")
         for place, count in enumerate(counts)
@@ -256,7 +274,7 @@ def _spread(counts: Sequence[int], low: float, high: float) -> _Html:
     label = f"values from {low:g} to {high:g} in ten classes: {', '.join(map(str, counts))}"
     return _element("svg", _element("title", label), *columns, viewBox=f"0 0 {_WIDTH // 2} {_HEIGHT}", width=_WIDTH // 2, height=_HEIGHT, role="img", aria_label=label)
 
-# %% ../nbs/reports.ipynb #732b4620
+# %% ../nbs/reports.ipynb #7a2abd0b
 _SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 
 
@@ -290,7 +308,7 @@ def _checks_section(data: Mapping[str, Any]) -> _Html:
     rows = [(_badge(check["verdict"]), check["name"], check["reason"]) for check in _ordered(gate["checks"])]
     return _element("section", _element("h2", "Checks"), _table(("verdict", "check", "why"), rows, f"What {gate['gate']['name']} asks, and what was found; the bad ones first."))
 
-
+# %% ../nbs/reports.ipynb #02819846
 def _limits(data: Mapping[str, Any], metric: str) -> float | None:
     gate = data["gate"]["gate"] if data["gate"] else {"floors": {}, "ceilings": {}}
     found: float | None = gate["floors"].get(metric, gate["ceilings"].get(metric))
@@ -302,23 +320,24 @@ def _scores_section(data: Mapping[str, Any]) -> _Html:
     rows: list[Sequence[Any]] = []
     for one in data["metrics"]:
         found, limit = one["score"], _limits(data, one["name"])
+        notes = [f"judged by {one['judge']}" if one["judge"] else "", "" if one["higher_is_better"] else "lower is better"]
+        name = _named(one["name"], ", ".join(filter(None, notes)))
         if found is None:
-            rows.append((one["name"], one["judge"] or "–", "", "no row has it", "", 0, 0, ""))
+            rows.append((name, "", "no row has it", "", 0, 0, ""))
             continue
         counted = found["as_misses"] or found if one["higher_is_better"] else found
         low, high = one["range"]
-        without = found["estimate"] if found["failures"] else None
         kinds = ", ".join(f"{number} {kind}" for kind, number in found["failure_kinds"].items())
         rows.append((
-            _Html(_element("strong", one["name"]) + (_Html("") if one["higher_is_better"] else _element("small", " lower is better"))), one["judge"] or "–",
-            _bar(counted, low, high, limit=limit, other=without), _interval(counted), _interval(found) if found["failures"] else "the same",
-            found["n"], f"{found['failures']}{f' ({kinds})' if kinds else ''}", _spread(one["histogram"], low, high),
+            name, _bar(counted, low, high, limit=limit, other=found["estimate"] if found["failures"] else None), _interval(counted),
+            _interval(found) if found["failures"] else "the same", f"{found['n']}{f' in {clusters}' if (clusters := found['clusters']) else ''}", kinds or "none",
+            _spread(one["histogram"], low, high),
         ))  # fmt: skip
-    heads = ("metric", "judge", "interval", "failures as misses", "without failures", "n", "failures", "spread of values")
-    caption = f"Estimates with {data['level']:.0%} intervals over {data['dataset']['rows']} rows. The dot is the estimate, the bar its interval, an open dot the estimate without failures, the line across the gate's limit."
+    heads = ("metric", "interval", "failures as misses", "without failures", "values", "failures", "spread")
+    caption = f"Estimates with {data['level']:.0%} intervals over {data['dataset']['rows']} rows; n in m: values, and the independent groups that they come from. The dot is the estimate, the bar its interval, an open dot the estimate without failures, the line across the gate's limit. The spread runs from the lowest to the highest value in ten columns."
     return _element("section", _element("h2", "Scores"), _table(heads, rows, caption))
 
-# %% ../nbs/reports.ipynb #7413ad08
+# %% ../nbs/reports.ipynb #2a1aa4b1
 def _baseline_section(data: Mapping[str, Any]) -> _Html:
     "Paired differences with the baseline, around zero."
     found = data["gate"]["comparisons"] if data["gate"] else []
@@ -348,34 +367,33 @@ def _judges_section(data: Mapping[str, Any]) -> _Html:
     for one in data["judges"]:
         card = one["card"] or {}
         shown = [_interval(card[name]) if card.get(name) else "–" for name in _CARD]
-        rows.append((_badge(one["verdict"]), one["name"], one["model"] or "–", *shown, card.get("n", "–"), card.get("date", "no card"), one["reason"] or "–"))
-    heads = ("verdict", "judge", "model", *_CARD, "labels", "calibrated", "why")
-    return _element("section", _element("h2", "Judges"), _table(heads, rows, "How far each judge agrees with people, on the labelled claims of its card."))
+        rows.append((_badge(one["verdict"]), _named(one["name"], one["model"] or ""), *shown, card.get("n", "–"), card.get("date", "no card")))
+    heads = ("verdict", "judge", *_CARD, "labels", "calibrated")
+    return _element("section", _element("h2", "Judges"), _table(heads, rows, "How far each judge agrees with people, on the labelled claims of its card; why it cannot be relied on stands among the checks."))
 
-
+# %% ../nbs/reports.ipynb #34315f99
 def _slices_section(data: Mapping[str, Any]) -> _Html:
     "A folded table for each way to cut the rows."
     parts = []
     ranges = {one["name"]: one["range"] for one in data["metrics"]}
     for by in dict.fromkeys(one["by"] for one in data["slices"]):
         rows = [
-            (one["metric"], part["name"], _bar(found, *ranges[one["metric"]]), _interval(found), found["n"], found["failures"])
-            for one in data["slices"] if one["by"] == by
-            for part in one["slices"] if (found := part["score"] and (part["score"]["as_misses"] or part["score"]))
+            (one["metric"], part["name"], _bar(found, *ranges[one["metric"]]), _interval(found), found["n"], part["score"]["failures"])
+            for one in data["slices"] if one["by"] == by and len(one["slices"]) > 1
+            for part in one["slices"][:_MOST_SLICES] if (found := part["score"] and (part["score"]["as_misses"] or part["score"]))
         ]  # fmt: skip
         if rows:
             heads = ("metric", by, "interval", "score", "n", "failures")
-            parts.append(_element("details", _element("summary", f"By {by}"), _table(heads, rows, "Intervals are corrected for the number of slices.")))
+            parts.append(_element("details", _element("summary", f"By {by}"), _table(heads, rows, f"The worst first, at most {_MOST_SLICES} a metric, failures as misses. The intervals of a table hold together: they are corrected for the number of slices.")))
     return _element("section", _element("h2", "Where it is weak"), *parts) if parts else _Html("")
 
 # %% ../nbs/reports.ipynb #f273caf2
 def _attribution_section(data: Mapping[str, Any]) -> _Html:
-    found = data["attribution"]
-    counts = {name: value for name, value in (found or {}).items() if isinstance(value, int)} if isinstance(found, dict) else {}
+    counts = data["attribution"]
     if not counts:
         return _Html("")
     total = sum(counts.values()) or 1
-    rows = [(name.replace("_", " "), count, f"{count / total:.0%}") for name, count in counts.items()]
+    rows = [(name, count, f"{count / total:.0%}") for name, count in counts.items()]
     return _element("section", _element("h2", "What went wrong where"), _table(("outcome", "rows", "share"), rows, "Each row once."))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from llmops_ref.evaluation_data import EvaluationDataset, EvaluationRow
@@ -49,17 +50,17 @@ class FakeEvaluation:
             groups.setdefault(str(self.dataset[row].metadata.get(by, "all")), []).append(value)
         return [Slice(name, score(values)) for name, values in groups.items()]
 
-    def attribution(self) -> dict[str, int]:
-        return {"good": 3, "retrieval": 2}
+    def attribution(self) -> Any:
+        return SimpleNamespace(counts={"right": 3, "wrong, evidence missed": 2})
 
 
 def rows(n: int, **changes: Any) -> EvaluationDataset:
-    "Questions with answers; two share a document."
+    "Questions with answers, each of a document of its own."
     return EvaluationDataset(
         tuple(
             EvaluationRow(
                 f"q{number:03d}", f"What is fee {number}?", response=f"Fee {number} is £{number}.", reference=f"£{number}",
-                retrieved_contexts=(f"Fee {number} is £{number} a month.", "Nothing else."), reference_context_ids=(f"fees-{number // 2}.md#fees",),
+                retrieved_contexts=(f"Fee {number} is £{number} a month.", "Nothing else."), reference_context_ids=(f"fees-{number}.md#fees",),
                 metadata={"kind": "lookup" if number % 3 else "table"}, **changes,
             )
             for number in range(n)
