@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class Score:
         return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in plain.items()}
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Score:
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         "What `to_dict` gave. Raises `BadInputError` for anything else."
         missing = {"estimate": math.nan, "ci_low": -math.inf, "ci_high": math.inf}
         try:
