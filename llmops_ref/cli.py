@@ -362,7 +362,7 @@ def _chosen_metrics(arguments: argparse.Namespace, gate: Gate | None, dataset: A
 
     asked = [name for text in arguments.metrics or () for name in text.split(",") if name] + (gate.named if gate else [])
     names = list(dict.fromkeys(asked if arguments.metrics else [*asked, *DEFAULT_METRICS]))
-    metrics = load_metrics(names, judge=arguments.judge, cache=folder and folder / "calls")
+    metrics = load_metrics(names, judge=arguments.judge, cache=folder and folder / "calls", timeout=arguments.judge_timeout)
     held = {name for row in dataset for values in (row.to_dict(), row.metadata) for name in values} | (set() if arguments.no_run else _OF_THE_SYSTEM)
     lacking = {metric.name: missing for metric in metrics if (missing := sorted(set(metric.needs) - held))}
     for name in asked:
@@ -483,7 +483,7 @@ def _judge(arguments: argparse.Namespace) -> Any:
         from llmops_ref.groundedness import Groundedness
 
         return Groundedness.load()
-    return as_judge(load_metrics([arguments.metric], judge=arguments.judge)[0])
+    return as_judge(load_metrics([arguments.metric], judge=arguments.judge, timeout=arguments.judge_timeout)[0])
 
 
 def _judge_calibrate(arguments: argparse.Namespace) -> int:
@@ -498,7 +498,7 @@ def _judge_calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _bench_judge(arguments: argparse.Namespace) -> int:
-    from llmops_ref.judges import bench_judge
+    from llmops_ref.judge_bench import bench_judge
 
     judge = None if (arguments.metric, arguments.judge) == ("groundedness", None) else _judge(arguments)
     bench = bench_judge(arguments.labelled, judge=judge, labels=arguments.labels, out=arguments.out)
@@ -509,7 +509,7 @@ def _bench_judge(arguments: argparse.Namespace) -> int:
 def _bench_coverage(arguments: argparse.Namespace) -> int:
     from llmops_ref.corrected_estimates import bench_coverage
 
-    bench = bench_coverage(arguments.sets, out=arguments.out)
+    bench = bench_coverage(arguments.sets, out=arguments.out, progress=not arguments.json)
     print(_as_json(bench) if arguments.json else bench._repr_markdown_())
     return 0
 
@@ -622,6 +622,7 @@ def _add_evaluation(commands: Any, command: Any, benches: Any) -> None:
     run.add_argument("--no-run", action="store_true", help="measure the responses that are in DATASET, without asking")
     run.add_argument("--metrics", nargs="+", metavar="NAME", help="beside those of the gate; default: those that need no large model")
     run.add_argument("--judge", metavar="SPEC", help="the chat model for metrics that need one, such as openai:MODEL")
+    run.add_argument("--judge-timeout", type=float, default=120.0, metavar="S", help="seconds a call of it; default: 120")
     run.add_argument("--card", action="append", metavar="FILE", help="of a judge, as judge calibrate wrote it; once for each judge")
     run.add_argument("--gate", metavar="FILE", help="TOML with the limits; without it: a report and no verdict")
     run.add_argument("--baseline", metavar="RUN", help="the --run or --report folder of the evaluation to compare with")
@@ -643,6 +644,7 @@ def _add_evaluation(commands: Any, command: Any, benches: Any) -> None:
         sub.add_argument("labelled", metavar="LABELLED", help="JSONL of claims with labels")
         sub.add_argument("--metric", default="groundedness", metavar="NAME", help="that judges; default: groundedness")
         sub.add_argument("--judge", metavar="SPEC", help="the chat model behind it, where it needs one")
+        sub.add_argument("--judge-timeout", type=float, default=120.0, metavar="S", help="seconds a call of it; default: 120")
     coverage = command("coverage", _bench_coverage, "how often each interval of this library holds the truth, on simulated data sets", benches)
     coverage.add_argument("--sets", type=int, default=1000, metavar="N", help="data sets an interval; default: 1000")
     for sub in (bench, coverage):

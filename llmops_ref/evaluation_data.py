@@ -91,8 +91,10 @@ def _check_texts(field: str, value: Any, *, numbers: bool = False) -> tuple[str,
     return tuple(_check_text(f"{field}[{number}]", item) for number, item in enumerate(whole))
 
 
-def _check_json(field: str, value: Any) -> None:
+def _check_json(field: str, value: Any, depth: int = 0) -> None:
     "Refuse what JSON cannot hold, at any depth: NaN, infinity, other types."
+    if depth > 100:
+        raise DatasetFormatError("it is nested more than 100 deep.", "Flatten it.", field=field[:100])
     if isinstance(value, float) and not math.isfinite(value):
         raise DatasetFormatError(f"it is {_kind_of(value)}.", "Leave the field out or write null.", field=field)
     if isinstance(value, str):
@@ -100,10 +102,10 @@ def _check_json(field: str, value: Any) -> None:
     elif isinstance(value, Mapping):
         for name, item in value.items():
             _check_text(f"{field} (a name in it)", name)
-            _check_json(f"{field}.{name}", item)
+            _check_json(f"{field}.{name}", item, depth + 1)
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            _check_json(f"{field}[{number}]", item)
+            _check_json(f"{field}[{number}]", item, depth + 1)
     elif not isinstance(value, (int, float, type(None))):
         raise _wrong(field, value, "something that JSON can hold")
 
@@ -356,8 +358,9 @@ class EvaluationDataset:
         schema = require("ragas", extra="evaluation").EvaluationDataset
         if len({isinstance(row.user_input, str) for row in self.rows}) > 1:
             raise BadInputError("Some rows are questions, others conversations: RAGAS takes one kind.", "Split the data set.")
-        names = ("user_input", "response", "reference", *_LISTS) if isinstance(self.rows[0].user_input, str) else ("user_input", "reference", "reference_tool_calls")
-        return schema.from_list([{name: value for name, value in row.to_dict().items() if name in names} for row in self.rows], name=self.name)
+        samples = require("ragas.dataset_schema", extra="evaluation")
+        kind = samples.SingleTurnSample if isinstance(self.rows[0].user_input, str) else samples.MultiTurnSample
+        return schema([kind(**{name: value for name, value in {**row.metadata, **row.to_dict()}.items() if name in kind.model_fields}) for row in self.rows], name=self.name)
 
     def _repr_markdown_(self) -> str:
         failed = sum(row.error is not None for row in self.rows)
@@ -409,7 +412,8 @@ def _parse(line: bytes, file: str, number: int) -> Any:
         hint = "The file seems to be UTF-16: save" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "Save"
         raise DatasetFormatError(f"byte {error.start + 1} is not UTF-8.", f"{hint} it as UTF-8.", file, number) from error
     except json.JSONDecodeError as error:
-        raise DatasetFormatError(f"it is not JSON: {error.msg} at character {error.pos + 1}.", "Write one JSON object a line.", file, number) from error
+        hint = "Take the objects out of the list and write each on one line." if number == 1 and line.strip() == b"[" else "Write one JSON object a line."
+        raise DatasetFormatError(f"it is not JSON: {error.msg} at character {error.pos + 1}.", hint, file, number) from error
     except (ValueError, RecursionError) as error:
         raise DatasetFormatError(f"it is not usable JSON: {type(error).__name__}.", "Write numbers and nesting of a sane size.", file, number) from error
 
@@ -782,6 +786,8 @@ class _Recorder(threading.Thread):
 
     def _resume(self, out: Path) -> None:
         "Go on where the file ends, or begin it."
+        if out.is_dir():
+            raise RunFileError(f"{out.name!r} is a folder.", "Name a file for the run.")
         if not out.exists():
             _RunFile.create(out, self.header)
         run = _RunFile.read(out)

@@ -152,12 +152,12 @@ class Gate:
         "Read a gate. Raises `GateFileError` naming the file, the key or line, and what to write."
         file = Path(path)
         try:
-            return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8")), file.name)
+            return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8-sig")), file.name)
         except OSError as error:
             raise GateFileError(f"The gate file {file} cannot be read ({type(error).__name__}).", "Check the path.") from error
         except UnicodeDecodeError as error:
             raise GateFileError(f"{file.name} is not UTF-8: byte {error.start} cannot be decoded.", "Save it as UTF-8.") from error
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:    # ValueError: also a number of thousands of digits
             raise GateFileError(f"{file.name} is not TOML: {error}.", "Mend that line; https://toml.io has the rules.") from error
 
     def check_fit(
@@ -309,10 +309,13 @@ def _shown(value: float) -> str:
 
 def _settled(found: Score, limit: float) -> str:
     "About how many rows would settle it, if the score stays what it is."
-    gap, half = abs(found.estimate - limit), (found.ci_high - found.ci_low) / 2
-    if not (gap and math.isfinite(half)) or (rows := found.n * (half / gap) ** 2) > 1e6:
-        return "no reasonable number of rows would settle it"
-    return f"about {max(math.ceil(rows), found.n + 1):,} rows would settle it, if the score stays"
+    gap = abs(found.estimate - limit)
+    half = found.estimate - found.ci_low if limit < found.estimate else found.ci_high - found.estimate
+    if not (gap and math.isfinite(half)):
+        return "no number of rows would settle it, if the score stays"
+    sure = found.estimate in (0.0, 1.0) and half < 1 and gap < 1    # nothing varies: Wilson's interval shrinks like 1 / n
+    rows = found.n * (half / (1 - half) * (1 - gap) / gap if sure else (half / gap) ** 2)
+    return f"about {max(math.ceil(rows), found.n + 1):,} rows would settle it, if the score stays" if rows < 1e6 else "no reasonable number of rows would settle it"
 
 
 def _place(found: Score, limit: float, verdict: GateVerdict, what: str, higher_is_better: bool) -> str:
@@ -345,15 +348,15 @@ def _limit_check(gate: Gate, evaluation: Evaluated, metric: str, kind: Literal["
 
 def _failure_check(gate: Gate, evaluation: Evaluated, metric: str, limit: float) -> Check:
     "The share of rows without a value, with its interval, against the most that is allowed; a row that the system declined is a miss, and no failure to measure."
-    clusters, declined = evaluation.clusters(), {row.id for row in evaluation.dataset if (getattr(row, "metadata", None) or {}).get("refused")}
+    declined = {row.id for row in evaluation.dataset if (getattr(row, "metadata", None) or {}).get("refused")}
     values = {row: value for row, value in evaluation.values(metric).items() if not (row in declined and isinstance(value, Failure) and value.kind == "refused")}
-    failed = {row: float(not _is_value(value)) for row, value in values.items()}
+    failed = [float(not _is_value(value)) for value in values.values()]
     if not failed:
         return Check("failures", metric, "inconclusive", "there is no row at all", limit)
-    found = score(list(failed.values()), clusters=[clusters.get(row, row) for row in failed], level=gate.level)
+    found = score(failed, level=gate.level)    # each row for itself: a timeout knows nothing of documents
     verdict = _held(found, limit, False)
     kinds = ", ".join(sorted({value.kind for value in values.values() if isinstance(value, Failure)}))
-    reason = f"{int(sum(failed.values()))} of {len(failed)} without a value{kinds and f' ({kinds})'}: " + _place(found, limit, verdict, "limit", False)
+    reason = f"{int(sum(failed))} of {len(failed)} without a value{kinds and f' ({kinds})'}: " + _place(found, limit, verdict, "limit", False)
     return Check("failures", metric, verdict, reason, limit, found)
 
 
@@ -435,6 +438,15 @@ def _incomparable(gate: Gate, evaluation: Evaluated, baseline: Evaluated, metric
     return "pass", ""
 
 
+def _unchanged(evaluation: Evaluated, baseline: Evaluated, metric: str) -> bool:
+    "Whether both are runs of one system, by its recorded settings, with the same answers and values: then the difference is 0 and no estimate."
+    settings = getattr(evaluation.dataset, "settings", None)
+    if not settings or settings != getattr(baseline.dataset, "settings", None) or evaluation.values(metric) != baseline.values(metric):
+        return False
+    ours, theirs = ({row.id: (row.response, row.retrieved_contexts) for row in side.dataset} for side in (evaluation, baseline))
+    return ours == theirs
+
+
 def _compared(gate: Gate, evaluation: Evaluated, baseline: Evaluated, metric: str) -> Comparison:
     "The paired comparison, a row without a value counted as a miss where that has a meaning."
     facts = evaluation.metrics[metric]
@@ -445,16 +457,18 @@ def _compared(gate: Gate, evaluation: Evaluated, baseline: Evaluated, metric: st
     )    # fmt: skip
 
 
-def _margin_check(gate: Gate, evaluation: Evaluated, found: Comparison) -> Check:
+def _margin_check(gate: Gate, evaluation: Evaluated, baseline: Evaluated, found: Comparison) -> Check:
     "Pass where the whole interval is no worse than the margin, fail where all of it is worse, also after Holm."
     up, margin = evaluation.metrics[found.metric].higher_is_better, gate.margins[found.metric]
+    if _unchanged(evaluation, baseline, found.metric):
+        return Check("margin", found.metric, "pass", f"the same system, with the same answers on all {found.n} rows", margin, found)
     verdict = _held(found, -margin if up else margin, up)
     text = f"{_shown(found.difference)} ({_shown(found.ci_low)} to {_shown(found.ci_high)}) against the baseline, n = {found.n}"
     if verdict == "fail" and found.p_adjusted > 1 - gate.level:
         verdict, text = "inconclusive", f"{text}: worse by more than {_shown(margin)}, but not after the correction for several metrics (p = {found.p_adjusted:.3f})"
     else:
         where = {"pass": "no worse than", "fail": "worse by more than", "inconclusive": "perhaps worse than"}[verdict]
-        text = f"{text}: {where} the margin {_shown(margin)}" + (f"; {found.n_needed:,} rows would find it" if verdict == "inconclusive" and found.n_needed else "")
+        text = f"{text}: {where} the margin {_shown(margin)}" + (f"; {found.n_needed:,} rows would find a loss of that size in 80 of 100 evaluations" if verdict == "inconclusive" and found.n_needed else "")
     if verdict == "pass" and (found.n < gate.min_n or (found.failures_a and not up)):
         verdict, text = "inconclusive", f"{text}, but {found.failures_a} rows have no value and {found.n} are compared, {gate.min_n} wanted"
     return Check("margin", found.metric, verdict, text, margin, found)
@@ -468,7 +482,7 @@ def _margin_checks(gate: Gate, evaluation: Evaluated, baseline: Evaluated | None
     barred = {metric: _incomparable(gate, evaluation, baseline, metric) for metric in gate.margins}
     found = [_compared(gate, evaluation, baseline, metric) for metric, (verdict, _) in barred.items() if verdict == "pass"]
     comparisons = [replace(one, p_adjusted=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)] if found else []
-    by_metric = {one.metric: _margin_check(gate, evaluation, one) for one in comparisons}
+    by_metric = {one.metric: _margin_check(gate, evaluation, baseline, one) for one in comparisons}
     return [
         by_metric.get(metric) or Check("margin", metric, verdict, reason, gate.margins[metric]) for metric, (verdict, reason) in barred.items()
     ], comparisons

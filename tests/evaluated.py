@@ -55,12 +55,12 @@ class FakeEvaluation:
 
 
 def rows(n: int, **changes: Any) -> EvaluationDataset:
-    "Questions with answers; two share a document."
+    "Questions with answers, each of a document of its own."
     return EvaluationDataset(
         tuple(
             EvaluationRow(
                 f"q{number:03d}", f"What is fee {number}?", response=f"Fee {number} is £{number}.", reference=f"£{number}",
-                retrieved_contexts=(f"Fee {number} is £{number} a month.", "Nothing else."), reference_context_ids=(f"fees-{number // 2}.md#fees",),
+                retrieved_contexts=(f"Fee {number} is £{number} a month.", "Nothing else."), reference_context_ids=(f"fees-{number}.md#fees",),
                 metadata={"kind": "lookup" if number % 3 else "table"}, **changes,
             )
             for number in range(n)

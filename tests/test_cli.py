@@ -26,7 +26,7 @@ from llmops_ref.cli import default_index, handbook_index, main
 from llmops_ref.core import LlmopsRefError
 from llmops_ref.knowledge_base import IngestReport, KnowledgeBase
 from llmops_ref.models import Check, DoctorReport, FetchReport
-from llmops_ref.rag import Answer
+from llmops_ref.rag import RAG, Answer
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "import sys; from llmops_ref.cli import main; sys.exit(main())"
@@ -670,3 +670,266 @@ def test_what_cannot_be_done_to_an_index_exits_with_two(index, capsys, arguments
     captured = capsys.readouterr()
     assert says in captured.err and json.loads(captured.out)["error"].endswith("Error")
     still_answers(index, capsys)
+
+
+# --- may it be released? ------------------------------------------------------------------------------------------
+
+ASKED = [
+    {"id": "a", "user_input": QUESTION, "reference": "£18 a month", "reference_context_ids": ["fees.md#fees"], "kind": "lookup", "split": "dev", "expected": "answer"},
+    {"id": "b", "user_input": "What does the Plus account cost a month?", "reference": "£8 a month", "reference_context_ids": ["fees.md#fees"], "kind": "lookup", "split": "dev", "expected": "answer"},
+    {"id": "c", "user_input": "How many working days does a new card take?", "reference": "five", "reference_context_ids": ["cards.md#cards"], "kind": "days", "split": "test", "expected": "answer"},
+    {"id": "d", "user_input": "Who won the football world cup in Brazil?", "kind": "none", "split": "test", "expected": "decline"},
+]
+MEASURED = ["--metrics", "id_based_context_recall,rouge_score,correct_decision"]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    "Four questions about the two documents."
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ASKED))
+    return tmp_path / "asked.jsonl"
+
+
+def gate(folder: Path, text: str) -> str:
+    (folder / "gate.toml").write_text(text)
+    return str(folder / "gate.toml")
+
+
+def evaluate(asked: Path, index: Path, *more: str) -> int:
+    return main(["evaluate", str(asked), "--index", str(index), *MEASURED, *more])
+
+
+@pytest.mark.parametrize(
+    ("limits", "code", "verdict"),
+    [
+        ("min_n = 2\n[floors]\nid_based_context_recall = 0.3\n", 0, "pass"),
+        ("min_n = 2\n[floors]\nrouge_score = 0.3\n[margins]\nrouge_score = 0.1\n[judge]\nkappa = 0.5\n", 4, "inconclusive"),
+        ("min_n = 2\n[floors]\ncorrect_decision = 0.9\n", 4, "inconclusive"),
+        ("[floors]\nid_based_context_recall = 0.3\n", 4, "inconclusive"),
+        ("min_n = 2\n[floors]\nid_based_context_precision = 0.99\n", 1, "fail"),
+    ],
+)
+def test_an_evaluation_exits_with_its_verdict_and_reports_it(index, asked, scripted, tmp_path, capsys, limits, code, verdict):
+    assert evaluate(asked, index, "--gate", gate(tmp_path, limits), "--report", str(tmp_path / "report"), "--json") == code
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["exit_code"], found["rows"]) == (verdict, code, 4)
+    assert set(found["report"]) == {"html", "markdown", "json", "junit"} and all(Path(path).is_file() for path in found["report"].values())
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["gate"]["verdict"] == verdict
+
+
+def test_an_evaluation_without_a_gate_reports_and_asks_nothing_twice(index, asked, scripted, tmp_path, capsys):
+    assert evaluate(asked, index, "--run", str(tmp_path / "run")) == 0
+    first = capsys.readouterr().out
+    assert "id_based_context_recall" in first and "pass" not in first
+    answers = (tmp_path / "run" / "answers.jsonl").read_bytes()
+    calls = len(scripted)
+    assert evaluate(asked, index, "--run", str(tmp_path / "run"), "--report", str(tmp_path / "report")) == 0
+    assert capsys.readouterr().out.startswith(first) and (tmp_path / "run" / "answers.jsonl").read_bytes() == answers
+    assert len(scripted) == calls + 1    # the model is loaded, and not asked
+    assert not (tmp_path / "report" / "junit.xml").exists()
+
+
+def test_a_finished_evaluation_is_the_next_baseline(index, asked, scripted, tmp_path, capsys):
+    assert evaluate(asked, index, "--report", str(tmp_path / "today")) == 0
+    limits = gate(tmp_path, "min_n = 2\n[margins]\nrouge_score = 0.01\n")
+    for folder in ("today", "today/run", "today/evaluation.json"):
+        assert evaluate(asked, index, "--gate", limits, "--baseline", str(tmp_path / folder), "--run", str(tmp_path / "today" / "run2")) == 0, folder
+    assert "the same system, with the same answers" in capsys.readouterr().out
+    assert evaluate(asked, index, "--gate", limits) == 4    # and without a baseline nobody knows
+
+
+def test_only_the_rows_that_were_asked_for_are_evaluated(index, asked, scripted, tmp_path, capsys):
+    for options, rows in ((["--split", "dev"], 2), (["--where", "kind=days"], 1), (["--limit", "3"], 3), (["--split", "dev", "--where", "kind=lookup", "--limit", "1"], 1)):
+        assert main(["evaluate", str(asked), "--index", str(index), "--metrics", "id_based_context_recall", "--json", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["rows"] == rows
+
+
+def test_responses_that_are_there_need_no_index(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_chat_model", lambda *arguments, **options: pytest.fail("no model is needed"))
+    rows = [{**row, "response": row["reference"]} for row in ASKED if "reference" in row]
+    (tmp_path / "answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", str(tmp_path / "answered.jsonl"), "--no-run", "--json"]
+    assert main([*command, "--metrics", "rouge_score"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["rouge_score"]["estimate"] == 1
+    assert main([*command, "--metrics", "id_based_context_recall"]) == 2
+    assert "needs retrieved_context_ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--gate", "nowhere.toml"], "nowhere.toml"),
+        (["--gate", "GATE [floor]\nx = 1"], "floors, if that is what you mean"),
+        (["--gate", "GATE [floors]\nkindness = 0.5"], "kindness"),
+        (["--gate", "GATE [ceilings]\nrouge_score = 0.5"], "higher is better"),
+        (["--baseline", "nowhere"], "nowhere"),
+        (["--baseline", "ASKED"], "holds no evaluation"),
+        (["--card", "ASKED"], "card"),
+        (["--where", "kind"], "KEY=VALUE"),
+        (["--split", "train"], "no rows"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--report", "ASKED"], "cannot be written"),
+        (["--index", "no-such-index"], "no index"),
+        (["--metrics", "kindness"], "no metric 'kindness'"),
+        (["--workers", "0"], "workers"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_exits_with_two_before_a_question_is_asked(index, asked, tmp_path, capsys, monkeypatch, change, says):
+    asked_for = []
+
+    class Watched(FakeListChatModel):
+        def invoke(self, *arguments: Any, **options: Any) -> Any:
+            asked_for.append(arguments)
+            return super().invoke(*arguments, **options)
+
+    monkeypatch.setattr(models, "load_chat_model", lambda *arguments, **options: Watched(responses=["yes"]))
+    monkeypatch.chdir(tmp_path)
+    values = [str(asked) if value == "ASKED" else gate(tmp_path, value[5:]) if value.startswith("GATE ") else value for value in change]
+    assert evaluate(asked, index, "--json", *values) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and "Traceback" not in captured.err and json.loads(captured.out)["message"] and asked_for == []
+
+
+def test_a_baseline_is_not_the_file_that_the_run_writes(index, asked, scripted, tmp_path, capsys):
+    assert evaluate(asked, index, "--report", str(tmp_path / "report")) == 0
+    limits = gate(tmp_path, "[margins]\nrouge_score = 0.5\n")
+    for folder in ("report", "report/run"):
+        assert evaluate(asked, index, "--gate", limits, "--baseline", str(tmp_path / folder), "--report", str(tmp_path / "report")) == 2
+        assert "compared with itself" in capsys.readouterr().err
+
+
+def test_a_system_that_answers_nothing_is_an_error_and_no_verdict(index, asked, scripted, tmp_path, capsys, monkeypatch):
+    def down(self: RAG, *arguments: Any, **options: Any) -> Answer:
+        raise ConnectionError("nobody listens")
+
+    monkeypatch.setattr(RAG, "ask", down)
+    limits = gate(tmp_path, "min_n = 2\n[floors]\ncorrect_decision = 0.1\n")
+    assert evaluate(asked, index, "--split", "dev", "--gate", limits, "--report", str(tmp_path / "report")) == 2
+    assert "Not one of 2 questions was answered" in capsys.readouterr().err and not (tmp_path / "report" / "report.html").exists()
+
+
+def test_an_evaluation_killed_half_way_goes_on_and_ends_the_same(index, asked, scripted, tmp_path, capsys):
+    assert evaluate(asked, index, "--report", str(tmp_path / "whole")) == 0
+    script = """
+import os, sys
+from langchain_core.language_models import FakeListChatModel
+from llmops_ref import models
+from llmops_ref.rag import RAG
+ask, asked = RAG.ask, []
+def dying(self, *arguments, **options):
+    asked.append(1)
+    if len(asked) == 3:
+        os._exit(9)
+    return ask(self, *arguments, **options)
+RAG.ask = dying
+models.load_chat_model = lambda *a, **k: FakeListChatModel(responses=["The Premium account costs \u00a318 a month."])
+from llmops_ref.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = ["evaluate", str(asked), "--index", str(index), *MEASURED, "--report", str(tmp_path / "killed"), "--workers", "1"]
+    process = python(script, *command)
+    process.communicate(timeout=120)
+    assert process.returncode == 9 and not (tmp_path / "killed" / "report.html").exists()
+    kept = (tmp_path / "killed" / "run" / "answers.jsonl").read_text()
+    assert main(command) == 0
+    assert (tmp_path / "killed" / "run" / "answers.jsonl").read_text().startswith(kept)
+    whole, killed = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed"))
+    assert whole["metrics"] == killed["metrics"] and whole["rows"] == killed["rows"]
+
+
+class YesToEverything(FakeListChatModel):
+    "A judge model that finds one statement in every answer, and every statement supported."
+
+    def _call(self, messages: Any, *arguments: Any, **options: Any) -> str:
+        if "verdict" in str(messages):
+            return json.dumps({"statements": [{"statement": "It is so.", "reason": "It says so.", "verdict": 1}]})
+        return json.dumps({"statements": ["It is so."]})
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (FakeListChatModel(responses=["Bananas are berries."]), "parse"),
+        (FakeListChatModel(responses=['{"statements": ["It is']), "parse"),
+        (FakeListChatModel(responses=["I'm sorry, but I cannot help with that."]), "refused|parse"),
+        (FakeListChatModel(responses=["{}"], sleep=0.2), "timeout"),
+        (YesToEverything(responses=[""]), "told from chance"),
+    ],
+    ids=["garbage", "half JSON", "refusals", "timeouts", "yes to everything"],
+)
+def test_a_bad_judge_never_passes_from_the_command_line(tmp_path, monkeypatch, capsys, model, says):
+    "Calibrated and used through RAGAS' faithfulness, with its card and without."
+    monkeypatch.setattr("llmops_ref.metrics.load_chat_model", lambda *arguments, **options: model)
+    claims = [{"id": str(n), "text": f"Fee {n}.", "passages": [f"Fee {n + n % 2}."], "question": "Which fee?", "label": not n % 2, "cluster": str(n), "annotator": "me"} for n in range(12)]
+    rows = [{"id": str(n), "user_input": "Which fee?", "response": f"Fee {n}.", "retrieved_contexts": [f"Fee {n}."]} for n in range(12)]
+    for name, lines in (("claims", claims), ("answered", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card, judge = str(tmp_path / "card.json"), ["--judge", "some:model", "--judge-timeout", "0.05" if "timeout" in says else "60"]
+    assert main(["judge", "calibrate", str(tmp_path / "claims.jsonl"), "--metric", "faithfulness", *judge, "--out", card]) == 0
+    limits = gate(tmp_path, "min_n = 2\n[floors]\nfaithfulness = 0.1\n[judge]\nkappa = 0.01\nmax_failure_rate = 0.5\nallow_constant = true\n")
+    command = ["evaluate", str(tmp_path / "answered.jsonl"), "--no-run", "--metrics", "faithfulness", *judge, "--gate", limits]
+    for options, reason in (([], "no card"), (["--card", card], says)):
+        capsys.readouterr()
+        assert main([*command, *options, "--report", str(tmp_path / "report")]) == 1
+        assert re.search(reason, capsys.readouterr().out)
+        assert "❌ fail" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def workflow() -> dict[str, str]:
+    "The shell scripts of the example workflow, by the name of their step."
+    import yaml
+
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "evaluate.yml").read_text(encoding="utf-8"))["jobs"]["gate"]["steps"]
+    return {step["name"]: step["run"] for step in steps if "run" in step}
+
+
+@pytest.mark.parametrize(("code", "exits"), [("0", 0), ("1", 1), ("4", 1), ("2", 1), ("130", 1), ("", 1)])
+def test_the_example_workflow_is_green_for_zero_only_and_names_four(workflow, code, exits):
+    done = subprocess.run(["bash", "-e", "-c", workflow["Decide"]], env={**os.environ, "CODE": code}, capture_output=True, text=True)
+    assert done.returncode == exits and ("inconclusive" in done.stdout) is (code == "4")
+
+
+def test_the_example_workflow_calls_commands_that_exist_with_a_gate_that_can_be_read(workflow, tmp_path):
+    from llmops_ref.release_gate import Gate
+
+    assert Gate.from_file(ROOT / ".github" / "gate.toml").named
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "evaluation.json").write_text("{}")
+    stand_in = tmp_path / ".venv" / "bin" / "llmops-ref"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> called\n[ "$1" = evaluate ] && exit 4 || exit 0\n')
+    stand_in.chmod(0o755)
+    for event, limits in (("pull_request", True), ("push", False)):
+        (tmp_path / "called").unlink(missing_ok=True)
+        scripts = [script for name, script in workflow.items() if "llmops-ref" in script and "pip" not in script]
+        for script in scripts:
+            subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env={**os.environ, "EVENT": event, "GITHUB_OUTPUT": str(tmp_path / "output")}, check=True)
+        assert (tmp_path / "output").read_text().endswith("code=4\n")
+        called = (tmp_path / "called").read_text().splitlines()
+        assert [line.split()[0] for line in called] == ["ingest", "judge", "evaluate"]
+        assert (" --gate " in called[-1]) is limits
+        for line in called:
+            module._parser().parse_args(line.split())
+
+
+def test_the_benches_of_evaluation_hand_on_their_settings_and_print_or_write_json(tmp_path, monkeypatch, capsys):
+    from llmops_ref import corrected_estimates, judge_bench
+
+    calls: list[Any] = []
+
+    class Found:
+        def to_dict(self) -> dict[str, Any]:
+            return {"found": 1}
+
+        def _repr_markdown_(self) -> str:
+            return "| found |"
+
+    monkeypatch.setattr(judge_bench, "bench_judge", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    monkeypatch.setattr(corrected_estimates, "bench_coverage", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    assert main(["bench", "judge", "labelled.jsonl", "--labels", "50", "--out", "out.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"found": 1}
+    assert main(["bench", "coverage", "--sets", "7"]) == 0
+    assert capsys.readouterr().out == "| found |\n"
+    assert calls[0] == (("labelled.jsonl",), {"judge": None, "labels": 50, "out": "out.json"})
+    assert calls[1][0] == (7,) and calls[1][1]["out"] is None

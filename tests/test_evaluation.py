@@ -312,3 +312,30 @@ def test_a_model_that_cannot_write_a_test_set_is_named() -> None:
         generate_testset(PASSAGES, Filler(model_name="SmolLM2-135M-Instruct"), 4, embeddings=HashEmbeddings())
     with pytest.raises(BadInputError, match="0 passages"):
         generate_testset([], Filler(), 4)
+
+
+# ---- one place for all names
+
+def test_the_names_of_the_parts_are_the_same_objects_here() -> None:
+    import llmops_ref.evaluation as here
+    from llmops_ref import (
+        corrected_estimates,
+        evaluation_data,
+        groundedness,
+        judge_bench,
+        judges,
+        metrics,
+        release_gate,
+        reports,
+        scores,
+    )
+
+    names = {
+        evaluation_data: "EvaluationDataset EvaluationRow RowError DatasetFormatError Claim LabelledClaim Judge load_labelled run_rag RunFileError RunLockedError",
+        scores: "Score Failure score Comparison compare compare_all", corrected_estimates: "rogan_gladen ppi_mean label_curve", groundedness: "Groundedness",
+        judges: "calibrate JudgeCard JudgeCardError JudgeIdentity identity ChatJudge LabellingWidget", judge_bench: "bench_judge",
+        metrics: "METRICS Metric load_metrics as_metric as_judge LangChainJudge measure", release_gate: "Gate GateResult Check JudgeRule GateFileError", reports: "write_report",
+    }
+    for module, listed in names.items():
+        for name in listed.split():
+            assert getattr(here, name) is getattr(module, name) and name in here.__all__, name

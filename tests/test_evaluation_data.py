@@ -95,6 +95,7 @@ BROKEN = [
     ("7", "", "a number"),
     ('{"id": "b", "user_input": "q"', "", "not JSON"),
     ("[" * 100_000, "", "not usable JSON"),
+    ('{"id": "b", "user_input": "q", "deep": ' + "[" * 300 + "]" * 300 + "}", "metadata.deep" + "[0]" * 29, "nested"),
     ('{"id": "b", "user_input": "q", "n": ' + "9" * 5000 + "}", "", "not usable JSON"),
     (b'{"id": "b", "user_input": "caf\xe9"}', "", "not UTF-8"),
 ]
@@ -227,8 +228,9 @@ def test_pandas_and_datasets_give_the_same_rows(tmp_path: Path) -> None:
 
 def test_ragas_gets_every_field() -> None:
     pytest.importorskip("ragas")
-    row = EvaluationRow("a", "q", response="x", reference="r", retrieved_contexts=("p",), retrieved_context_ids=("1",), metadata={"kind": "k"})
+    row = EvaluationRow("a", "q", response="x", reference="r", retrieved_contexts=("p",), retrieved_context_ids=("1",), metadata={"kind": "k", "rubrics": {"score1": "bad"}})
     sample = EvaluationDataset((row,)).to_ragas()[0]
+    assert sample.rubrics == {"score1": "bad"}
     assert (sample.user_input, sample.response, sample.retrieved_contexts, sample.retrieved_context_ids) == ("q", "x", ["p"], ["1"])
     talk = [{"type": "human", "content": "2+2?"}, {"type": "ai", "content": "", "tool_calls": [{"name": "add", "args": {"a": 2}}]}]
     agent = EvaluationRow("b", talk, reference_tool_calls=({"name": "add", "args": {"a": 2}},))
@@ -448,6 +450,8 @@ def test_another_run_is_refused_and_left(tmp_path: Path) -> None:
         with pytest.raises(RunFileError, match=said):
             run_rag(rag, dataset, out=out, progress=False, **wishes)
     assert out.read_bytes() == before
+    with pytest.raises(RunFileError, match="is a folder"):
+        run_rag(Fake(), questions(2), out=tmp_path, progress=False)
     for content in ("", "notes of mine\n", GOOD + "\n", "[1]\n"):
         (tmp_path / "mine.txt").write_text(content)
         with pytest.raises(RunFileError):

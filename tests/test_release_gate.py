@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from datetime import date
+import re
+from collections.abc import Callable, Sequence
+from datetime import date, timedelta
 from typing import Any
 
 import pytest
 from evaluated import FAILED, Facts, FakeEvaluation, evaluated, rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from langchain_core.language_models import FakeListChatModel
 
+from llmops_ref.evaluation_data import Claim, LabelledClaim
+from llmops_ref.judges import ChatJudge, JudgeCard, calibrate, identity
 from llmops_ref.release_gate import EXIT_CODES, Check, Gate, GateFileError, GateResult, JudgeRule
-from llmops_ref.scores import Failure, score
+from llmops_ref.reports import write_report
+from llmops_ref.scores import Failure, Score, Value, score
 
 TODAY = date(2026, 11, 22)
 GOOD, BAD, MIXED = [1.0] * 95 + [0.0] * 5, [1.0] * 30 + [0.0] * 70, [1.0] * 80 + [0.0] * 20
@@ -65,6 +72,8 @@ def one(result: GateResult, name: str) -> Check:
         ("[floors]\nx = 0.5\nx = 0.6", "is not TOML: Cannot overwrite a value"),
         ("[floors\nx = 0.5", "is not TOML.*line 1"),
         ("x = " + "[" * 5000, "is not TOML"),
+        ("min_n = " + "9" * 5000, "is not TOML"),
+        ("[floors]\nx = " + "9" * 400, "which cannot be"),
     ],
 )
 def test_a_gate_file_that_cannot_be_meant_names_file_key_and_remedy(tmp_path, text, says):
@@ -83,7 +92,7 @@ def test_a_gate_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_whole_gate_file_is_read(tmp_path):
     (tmp_path / "gate.toml").write_text(
-        "max_failure_rate = 0.05\nmin_n = 50\nlevel = 0.9\n[floors]\nrecall = 0.8\n'a.b' = 1\n[ceilings]\nseconds = 3\n[margins]\nrecall = 0.02\n"
+        "\ufeffmax_failure_rate = 0.05\nmin_n = 50\nlevel = 0.9\n[floors]\nrecall = 0.8\n'a.b' = 1\n[ceilings]\nseconds = 3\n[margins]\nrecall = 0.02\n"
         "[judge]\nkappa = 0.5\nmax_age_days = 30\nmax_failure_rate = 0.02\ndata_hash = 'abc'\nallow_constant = true\n[baseline]\nmin_shared = 0.9\n"
     )
     rule = JudgeRule(0.5, 30, 0.02, "abc", True)
@@ -209,9 +218,18 @@ def pair(ours: list[Any], theirs: list[Any], **changes: Any) -> tuple[FakeEvalua
     return evaluated({"recall": ours}), evaluated({"recall": theirs}, **changes)
 
 
-def test_the_same_answers_are_no_worse():
-    result = Gate(margins={"recall": 0.05}).check(*pair(MIXED, MIXED))
-    assert result.verdict == "pass" and result.comparisons[0].difference == 0
+def test_the_same_answers_of_the_same_system_are_no_worse():
+    "With forty rows an interval could not tell; where settings and answers are the same there is nothing to tell."
+    dataset = dataclasses.replace(rows(40), settings={"model_name": "a"})
+    other = dataclasses.replace(dataset, settings={"model_name": "b"})
+    answers = dataclasses.replace(dataset, rows=tuple(dataclasses.replace(row, response="x") for row in dataset))
+    values = [1.0] * 30 + [0.0] * 10
+    gate, ours = Gate(margins={"recall": 0.01}), evaluated({"recall": values}, dataset=dataset)
+    assert gate.check(ours, evaluated({"recall": values}, dataset=dataset)).verdict == "pass"
+    for theirs in (evaluated({"recall": values}, dataset=other), evaluated({"recall": values}, dataset=answers), evaluated({"recall": values[::-1]}, dataset=dataset)):
+        assert gate.check(ours, theirs).verdict == "inconclusive"
+    unknown = evaluated({"recall": values}, dataset=rows(40))
+    assert gate.check(unknown, unknown).verdict == "inconclusive"    # nothing is recorded of the system
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(1, "pass"), (6, "inconclusive"), (60, "fail")])
@@ -223,7 +241,7 @@ def test_a_margin_is_held_against_the_interval_of_the_difference(lost, verdict):
 
 def test_where_lower_is_better_more_is_worse():
     facts = {"seconds": Facts(higher_is_better=False)}
-    fast, slow = (evaluated({"seconds": [base, base + 0.2] * 60}, facts) for base in (1.0, 2.0))
+    fast, slow = (evaluated({"seconds": [base + number % size / 10 for number in range(120)]}, facts) for base, size in ((1.0, 5), (2.0, 7)))
     gate = Gate(margins={"seconds": 0.1})
     assert (gate.check(fast, slow).verdict, gate.check(slow, fast).verdict) == ("pass", "fail")
 
@@ -283,3 +301,195 @@ def test_a_baseline_measured_otherwise_never_passes(facts, verdict, says):
 def test_margins_without_a_baseline_are_inconclusive():
     result = Gate(margins={"recall": 0.05}).check(evaluated({"recall": GOOD}))
     assert result.verdict == "inconclusive" and "--baseline" in one(result, "margin: recall").reason
+
+
+def test_a_row_that_the_system_declined_is_a_miss_and_no_failure_to_measure():
+    dataset = rows(50)
+    declined = dataclasses.replace(dataset, rows=tuple(dataclasses.replace(row, metadata={"refused": int(row.id[1:]) < 25}) for row in dataset))
+    values = [Failure("refused", "the system declined")] * 25 + [1.0] * 25
+    result = Gate(floors={"recall": 0.7}, max_failure_rate=0.2).check(evaluated({"recall": values}, dataset=declined))
+    assert checks(result) == {"floor: recall": "fail", "failures: recall": "pass", "rows: recall": "pass"}
+    asked = Gate(max_failure_rate=0.2).check(evaluated({"recall": values}))    # here it was not the system: a judge refused
+    assert asked.verdict == "fail"
+
+
+# ---- judges
+
+
+CLAIMS = [
+    LabelledClaim(f"c{number}", Claim(f"Fee {number} is {number + (number % 2)} pounds.", (f"Fee {number} is {number} pounds.",)), number % 2 == 0, f"text {number}")
+    for number in range(120)
+]
+
+
+class Judge:
+    "A judge by a rule; `wrong` of every hundred verdicts are turned round."
+
+    name, model, prompt, threshold = "reader", "rules 1", "compare the numbers", 0.5
+
+    def __init__(self, rule: Callable[[Claim], Value] | None = None, wrong: int = 0) -> None:
+        self.rule, self.wrong = rule, wrong
+
+    def judge(self, claims: Sequence[Claim]) -> list[Value]:
+        if self.rule:
+            return [self.rule(claim) for claim in claims]
+        right = [float(claim.text in claim.passages) for claim in claims]
+        return [1 - value if number % 100 < self.wrong else value for number, value in enumerate(right)]
+
+
+def judged(judge: Any, card: JudgeCard | None, *, n: int = 120) -> FakeEvaluation:
+    "Answers scored by a judge: nine of ten are supported, so that a judge that works says so."
+    values = judge.judge([Claim(f"Fee {number} is {number + (number % 10 == 0)} pounds.", (f"Fee {number} is {number} pounds.",)) for number in range(n)])
+    who = identity(judge)
+    return evaluated({"faithfulness": values}, {"faithfulness": Facts(judge=who.name)}, rows(n), judges={who.name: who}, cards={who.name: card} if card else {})
+
+
+FLOOR = Gate(floors={"faithfulness": 0.6})
+
+
+@pytest.fixture(scope="module")
+def card() -> JudgeCard:
+    return calibrate(Judge(), CLAIMS, today=TODAY)
+
+
+def test_a_judge_that_agrees_with_people_can_pass(card):
+    result = FLOOR.check(judged(Judge(), card), today=TODAY)
+    assert result.verdict == "pass" and one(result, "judge: reader").verdict == "pass"
+
+
+def scripted(answer: str, **settings: Any) -> ChatJudge:
+    return ChatJudge(FakeListChatModel(responses=[answer], **settings), name="chat", timeout=0.02 if settings else 60, patience=2)
+
+
+BAD_JUDGES = {
+    "garbage": (lambda: scripted("Bananas are berries."), "no verdict.*parse"),
+    "half JSON": (lambda: scripted('{"verdict": "ye'), "no verdict.*parse"),
+    "an empty answer": (lambda: scripted(""), "no verdict.*parse"),
+    "refusals": (lambda: scripted("I'm sorry, but I cannot help with that."), "no verdict.*refused"),
+    "timeouts": (lambda: scripted('{"verdict": "yes"}', sleep=0.5), "no verdict.*timeout"),
+    "yes to everything": (lambda: scripted('{"verdict": "yes"}'), "told from chance"),
+    "no to everything": (lambda: scripted('{"verdict": "no"}'), "told from chance"),
+    "NaN": (lambda: Judge(lambda claim: math.nan), "no verdict"),
+    "a coin": (lambda: Judge(lambda claim: float(hash(len(claim.text) * 7919) % 3 > 0)), "told from chance|is wanted"),
+    "yes, and half the time nothing": (lambda: Judge(lambda claim: 1.0 if int(claim.text.split()[1]) % 3 else Failure("timeout")), "told from chance"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_JUDGES)
+def test_a_bad_judge_never_passes_and_the_reason_is_given(bad, tmp_path):
+    make, says = BAD_JUDGES[bad]
+    judge = make()
+    evaluation = judged(judge, calibrate(judge, CLAIMS, today=TODAY))
+    for gate in (FLOOR, Gate(floors={"faithfulness": 0.01}, judge=JudgeRule(kappa=0.01, max_failure_rate=0.5, allow_constant=True))):
+        result = gate.check(evaluation, today=TODAY)
+        assert result.verdict != "pass" and result.exit_code != 0
+        assert one(result, f"judge: {judge.name}").verdict != "pass"
+    reasons = " ".join(check.reason for check in FLOOR.check(evaluation, today=TODAY).checks)
+    assert re.search(says, reasons), reasons
+    paths = write_report(evaluation, tmp_path, FLOOR.check(evaluation, today=TODAY))
+    assert json.loads(paths.json.read_text())["gate"]["verdict"] == "fail"
+    assert 'failures="0"' not in paths.junit.read_text() and "✅ pass" not in paths.markdown.read_text()
+    assert re.search(says, paths.markdown.read_text().replace("\\", ""))
+
+
+def test_a_good_card_does_not_help_a_judge_that_fails_here(card):
+    "Calibrated when the endpoint was well; now it times out."
+    evaluation = judged(Judge(lambda claim: Failure("timeout", "30 s")), card)
+    result = FLOOR.check(evaluation, today=TODAY)
+    assert one(result, "judge: reader").verdict == "pass" and result.verdict == "fail"
+    assert "timeout" in one(result, "floor: faithfulness").reason and one(result, "failures: faithfulness").verdict == "fail"
+
+
+def test_a_good_card_does_not_help_a_judge_that_says_yes_to_everything_here(card):
+    evaluation = judged(Judge(lambda claim: 1.0), card)
+    result = FLOOR.check(evaluation, today=TODAY)
+    assert result.verdict == "inconclusive" and "gave every row 1" in one(result, "floor: faithfulness").reason
+    allowed = dataclasses.replace(FLOOR, judge=JudgeRule(allow_constant=True))
+    assert allowed.check(evaluation, today=TODAY).verdict == "pass"
+
+
+SPOILT: dict[str, tuple[Callable[[JudgeCard], JudgeCard | None], str]] = {
+    "missing": (lambda card: None, "no card"),
+    "of another judge": (lambda card: dataclasses.replace(card, judge="other"), "'other'"),
+    "of another model": (lambda card: dataclasses.replace(card, model="rules 2"), "rules 2"),
+    "of another prompt": (lambda card: dataclasses.replace(card, prompt_hash="0" * 64), "prompt has changed"),
+    "of another threshold": (lambda card: dataclasses.replace(card, threshold=0.9), "threshold"),
+    "too old": (lambda card: dataclasses.replace(card, date=(TODAY - timedelta(days=91)).isoformat()), "91 days old"),
+    "of tomorrow": (lambda card: dataclasses.replace(card, date=(TODAY + timedelta(days=1)).isoformat()), "after today"),
+    "on other labels": (lambda card: dataclasses.replace(card, data_hash="1" * 64), "other labels"),
+    "weak": (lambda card: dataclasses.replace(card, kappa=Score(0.4, 0.3, 0.5, 120, 120, 0, "x")), "0.6 is wanted"),
+    "no better than chance": (lambda card: dataclasses.replace(card, kappa=Score(0.7, -0.1, 1.0, 3, 3, 0, "x")), "told from chance"),
+    "without a kappa": (lambda card: dataclasses.replace(card, kappa=Score(math.nan, -math.inf, math.inf, 0, 0, 120, "x")), "cannot be told"),
+    "full of failures": (lambda card: dataclasses.replace(card, failures=Score(0.5, 0.4, 0.6, 120, 120, 0, "x")), "no verdict"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_card_that_says_nothing_of_this_judge_passes_nothing(card, spoilt):
+    change, says = SPOILT[spoilt]
+    gate = dataclasses.replace(FLOOR, judge=JudgeRule(data_hash=card.data_hash))
+    assert gate.check(judged(Judge(), card), today=TODAY).verdict == "pass"
+    result = gate.check(judged(Judge(), change(card)), today=TODAY)
+    assert result.verdict == "fail" and says in one(result, "judge: reader").reason
+    assert all(check.verdict == "fail" for check in result.checks)
+
+
+def test_too_few_labels_are_inconclusive(card):
+    few = dataclasses.replace(card, kappa=Score(0.75, 0.5, 1.0, 20, 20, 0, "x"))
+    result = FLOOR.check(judged(Judge(), few), today=TODAY)
+    assert (one(result, "judge: reader").verdict, result.verdict) == ("inconclusive", "inconclusive") and "labels would settle it" in one(result, "judge: reader").reason
+
+
+def test_an_evaluation_that_does_not_say_who_judged_passes_nothing(card):
+    evaluation = judged(Judge(), card)
+    evaluation.judges = {}
+    assert FLOOR.check(evaluation, today=TODAY).verdict == "fail"
+
+
+def test_a_metric_that_the_gate_does_not_name_needs_no_card():
+    both = evaluated({"recall": GOOD, "faithfulness": GOOD}, {"faithfulness": Facts(judge="reader")})
+    assert Gate(floors={"recall": 0.8}).check(both).verdict == "pass"
+    assert Gate(max_failure_rate=0.1).check(both).verdict == "fail"    # names none, so all are checked
+
+
+def test_a_baseline_by_another_judge_is_not_compared(card):
+    ours = judged(Judge(), card)
+    theirs = judged(Judge(), card)
+    theirs.judges = {"reader": dataclasses.replace(theirs.judges["reader"], prompt_hash="2" * 64)}
+    found = one(Gate(margins={"faithfulness": 0.2}).check(ours, theirs, today=TODAY), "margin: faithfulness")
+    assert found.verdict == "fail" and "another judge, model or prompt" in found.reason
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    spoilt=st.sampled_from(sorted(SPOILT)),
+    gate=st.builds(
+        Gate,
+        floors=st.fixed_dictionaries({}, optional={"faithfulness": st.floats(0.001, 1), "recall": st.floats(0.001, 1)}),
+        margins=st.fixed_dictionaries({}, optional={"faithfulness": st.floats(0.001, 1), "recall": st.floats(0.001, 1)}),
+        max_failure_rate=st.floats(0.01, 0.9),
+        min_n=st.integers(2, 120),
+        level=st.floats(0.51, 0.99),
+        min_shared=st.floats(0.01, 1),
+        judge=st.builds(JudgeRule, kappa=st.floats(0.6, 1), max_age_days=st.integers(1, 90), max_failure_rate=st.floats(0.01, 0.3), allow_constant=st.booleans(), data_hash=st.just("LABELS")),
+    ),
+    values=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=120, max_size=120),
+)
+def test_no_gate_passes_anything_that_a_bad_card_vouches_for(card, spoilt, gate, values):
+    assume("faithfulness" in gate.named or not gate.named)
+    gate = dataclasses.replace(gate, judge=dataclasses.replace(gate.judge, data_hash=card.data_hash))
+    both = judged(Judge(), SPOILT[spoilt][0](card))
+    both.found = {**both.found, "recall": dict(zip((row.id for row in both.dataset), values, strict=True))}
+    both.metrics = {**both.metrics, "recall": Facts()}
+    assert gate.check(both, both, today=TODAY).verdict == "fail"
+
+
+@pytest.mark.parametrize(("right", "n", "floor"), [(20, 20, 0.9), (18, 20, 0.8), (80, 100, 0.75), (70, 100, 0.75)])
+def test_the_rows_that_would_settle_it_do(right, n, floor):
+    "With that many rows and the same share of right ones the verdict is clear; with a third of them it is not."
+    gate = Gate(floors={"recall": floor}, min_n=2)
+    reason = one(gate.check(evaluated({"recall": [1.0] * right + [0.0] * (n - right)})), "floor: recall").reason
+    wanted = int(re.search(r"about ([\d,]+) rows", reason).group(1).replace(",", ""))
+    for rows_then, clear in ((int(1.15 * wanted), True), (wanted // 3, False)):
+        good = round(rows_then * right / n)
+        assert (gate.check(evaluated({"recall": [1.0] * good + [0.0] * (rows_then - good)})).verdict != "inconclusive") is clear
