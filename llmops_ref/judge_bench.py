@@ -26,15 +26,16 @@ import numpy as np
 
 from .core import BadInputError, LlmopsRefError, atomic_path, require, sha256_file
 from .corrected_estimates import ppi_mean
+from .estimates import student_quantile
 from .evaluation_data import Judge, LabelledClaim, load_labelled
 from .evidence import content_words, stem
 from .groundedness import FITTED, RULES, SIGNALS, Groundedness, auroc, cross_validated
-from .judges import checked_labels, finite_estimate
+from .judges import LabelsError, checked_labels
 from .scores import Failure, Score
 
 # %% auto #0
-__all__ = ['SAMPLE_SIGNALS', 'sample_signals', 'HistoryError', 'History', 'keep_history', 'combined_scores', 'Saving', 'saving',
-           'draw_labels', 'fitted_scores', 'JudgeBench', 'bench_judge']
+__all__ = ['SAMPLE_SIGNALS', 'sample_signals', 'HistoryError', 'History', 'keep_history', 'combined_scores', 'finite_estimate',
+           'Saving', 'saving', 'draw_labels', 'fitted_scores', 'JudgeBench', 'bench_judge']
 
 # %% ../nbs/judge_bench.ipynb #cf7eb2f9
 SAMPLE_SIGNALS: Mapping[str, str] = {
@@ -97,7 +98,7 @@ class History:
     def save(self, path: str | os.PathLike[str]) -> None:
         "Write as JSON lines: what holds for all in the first, then a claim a line."
         head = {"names": self.names, "rules": self.rules, "source": dict(self.source)}
-        rows = [[text, int(label), *(round(float(value), 4) for value in row)] for text, label, row in zip(self.texts, self.labels, self.values, strict=True)]
+        rows = [[text, int(label), *(round(float(value), 4) if math.isfinite(value) else None for value in row)] for text, label, row in zip(self.texts, self.labels, self.values, strict=True)]
         with atomic_path(Path(path)) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [head, *rows]), encoding="utf-8")
 
@@ -127,22 +128,25 @@ def _signals(labelled: Sequence[LabelledClaim], judge: Groundedness) -> dict[str
 
 
 def keep_history(
-    labelled_path: str | os.PathLike[str],    # claims with labels, and samples where there are any
-    path: str | os.PathLike[str],             # where to write
-    source: Mapping[str, str],                # where the claims come from, with the licence
+    sets: Sequence[Sequence[LabelledClaim]],    # claims with labels; a set counts its samples where all its claims have some
+    path: str | os.PathLike[str],               # where to write
+    source: Mapping[str, str],                  # where the claims come from, with the licence
 ) -> History:
-    "Make the shipped history: the signals of labelled claims, without their texts."
-    labelled = load_labelled(labelled_path)
-    found = _signals(labelled, Groundedness.load())
-    made = History(tuple(found), np.array(list(found.values())).T, np.array([item.label for item in labelled]), tuple(map(_text_hash, labelled)), RULES,
-                   {**source, "sha256": sha256_file(labelled_path)})
-    made.save(path)
+    "Make a history such as the shipped one: the signals of labelled claims, without their texts."
+    judge, names, rows = Groundedness.load(), (*SIGNALS, *SAMPLE_SIGNALS), []
+    for labelled in sets:
+        found = _signals(labelled, judge)
+        rows.append(np.array([found.get(name, np.full(len(labelled), np.nan)) for name in names]).T)
+    everyone = [item for labelled in sets for item in labelled]
+    History(names, np.concatenate(rows), np.array([item.label for item in everyone]), tuple(map(_text_hash, everyone)), RULES, source).save(path)
     return History.load(path)
 
 # %% ../nbs/judge_bench.ipynb #11c96b6a
 def _with_means(values: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     "Signals, and their means over the claims of the same text."
-    filled = np.where(np.isfinite(values), values, np.nanmedian(np.where(np.isfinite(values), values, np.nan), axis=0))
+    there = np.isfinite(values)
+    usual = np.where(there, values, 0.0).sum(0) / np.maximum(there.sum(0), 1)
+    filled = np.where(there, values, usual)
     groups = np.unique(texts, return_inverse=True)[1]
     means = np.array([filled[groups == group].mean(0) for group in range(groups.max() + 1)])
     return np.column_stack([filled, means[groups]])
@@ -159,19 +163,43 @@ def combined_scores(
     "Each claim's chance of being supported, by trees that have not seen its text."
     forest = require("sklearn.ensemble", extra="evaluation").ExtraTreesClassifier
     names = [name for name in history.names if name in found]
-    known = _with_means(history.values[:, [history.names.index(name) for name in names]], history.texts)
+    chosen = history.values[:, [history.names.index(name) for name in names]]
+    whole = np.isfinite(chosen).all(1)    # claims that have all the signals which these claims have
+    held_texts, labels = np.array(history.texts)[whole], history.labels[whole]
+    known = _with_means(chosen[whole], held_texts.tolist())
     wanted = _with_means(np.column_stack([found[name] for name in names]), texts)
-    order = np.random.default_rng(0).permutation(sorted(set(texts) & set(history.texts)))
+    order = np.random.default_rng(0).permutation(sorted(set(texts) & set(held_texts.tolist())))
     fold_of = {str(text): number % folds for number, text in enumerate(order)}
-    mine, theirs = (np.array([fold_of.get(text, -1) for text in side]) for side in (texts, history.texts))
+    mine, theirs = (np.array([fold_of.get(text, -1) for text in side]) for side in (texts, held_texts.tolist()))
     scores = np.zeros(len(wanted))
     for fold in np.unique(mine):
         kept = (theirs != fold) if fold >= 0 else np.ones(len(known), bool)
-        trained = forest(trees, min_samples_leaf=3, max_features=0.4, random_state=0).fit(known[kept], history.labels[kept])
+        trained = forest(trees, min_samples_leaf=3, max_features=0.4, random_state=0).fit(known[kept], labels[kept])
         scores[mine == fold] = trained.predict_proba(wanted[mine == fold])[:, 1]
     return scores
 
 # %% ../nbs/judge_bench.ipynb #94a12a39
+def finite_estimate(
+    labels: np.ndarray,        # of the labelled rows, shape (draws, n)
+    scores: np.ndarray,        # the judge's of the same rows
+    mean_score: np.ndarray,    # of all rows, labelled or not, shape (draws,)
+    rows: int,                 # how many those are
+    *,
+    level: float = 0.95,
+) -> tuple[np.ndarray, np.ndarray]:    # estimates and half-widths, shape (draws,)
+    """The mean label of a finite set of rows from random samples of them, many samples at once: what `ppi_mean(population="these")`
+    does for one, with Student's interval. A judge that runs against the labels is left out."""
+    n = labels.shape[1]
+    off = scores - scores.mean(1, keepdims=True)
+    spread = (off**2).sum(1)
+    weight = np.maximum(0.0, np.divide((off * labels).sum(1), spread, out=np.zeros(len(labels)), where=spread > 1e-12))
+    errors = labels - weight[:, None] * scores
+    lost = 1 + (spread > 1e-12)    # degrees of freedom: the mean, and the weight where there is one
+    variance = errors.var(1) * n / (n - lost) / n * (1 - n / rows)
+    reach = np.array([0.0, *(student_quantile((1 + level) / 2, n - one) for one in (1, 2))])[lost]
+    return errors.mean(1) + weight * mean_score, reach * np.sqrt(variance)
+
+# %% ../nbs/judge_bench.ipynb #d046f990
 @dataclass(frozen=True)
 class Saving:
     "Intervals from labels with a score against intervals from labels alone, over many draws of the labelled rows."
@@ -188,8 +216,9 @@ class Saving:
     coverage_alone: float       # share of draws whose interval holds the file's share
     coverage: float
     coverage_error: float       # standard error of a coverage of 95% over this many draws
-    ratio_like_these: float     # the same for further rows like these: the plain PPI++ interval
-    coverage_like_these: float  # of the file's share: too high by design
+    ratio_by_ppi: float         # the ratio that `ppi_mean(population="these")` gives, over the first draws; NaN where not asked
+    coverage_by_ppi: float      # and its coverage
+    ratio_like_these: float     # the ratio for rows more like these, whose truth the file does not hold
 
 
 def saving(
@@ -199,6 +228,7 @@ def saving(
     chosen: np.ndarray,             # whole numbers, shape (draws, n): which rows are labelled
     *,
     level: float = 0.95,
+    checks: int = 0,                # draws that are also given to `ppi_mean`
 ) -> Saving:
     "How much narrower a score makes the interval, and whether both keep their promise."
     wide, truth, (draws, n) = np.broadcast_to(scores, (len(chosen), len(labels))), float(labels.mean()), chosen.shape
@@ -207,15 +237,26 @@ def saving(
     alone, half_alone = finite_estimate(y, np.zeros_like(given), np.zeros(draws), len(labels), level=level)
     good = half_alone > 0
     ratio = half[good] / half_alone[good]
-    like = [ppi_mean(y[turn], given[turn], np.delete(wide[turn], chosen[turn]), level=level) for turn in range(min(draws, 200))]
-    before, after = (np.array([(one.ci_low, one.ci_high) for one in some]) for some in ([one.labels_alone or one for one in like], like))
     low, high = (float(value) for value in np.quantile(ratio, [0.05, 0.95]))
     return Saving(
         name, float(np.mean([np.corrcoef(row, labels)[0, 1] if row.std() > 0 else 0.0 for row in (wide[:1] if scores.ndim == 1 else wide)])),
         n, draws, float(2 * half_alone.mean()), float(2 * half.mean()), float(ratio.mean()), low, high,
         float((abs(alone - truth) <= half_alone).mean()), float((abs(estimates - truth) <= half).mean()), math.sqrt(level * (1 - level) / draws),
-        float(np.ptp(after, axis=1).mean() / np.ptp(before, axis=1).mean()), float(((after[:, 0] <= truth) & (truth <= after[:, 1])).mean()),
+        *_by_ppi(labels, wide, chosen[:checks], level),
     )
+
+
+def _by_ppi(labels: np.ndarray, scores: np.ndarray, chosen: np.ndarray, level: float) -> tuple[float, float, float]:
+    "Width against labels alone and coverage by `ppi_mean` for these rows, and the ratio for more like these."
+    ratios: dict[str, list[float]] = {"these": [], "more like these": []}
+    held = []
+    for turn, rows in enumerate(chosen):
+        for population, found in ratios.items():
+            one = ppi_mean(labels[rows], scores[turn, rows], np.delete(scores[turn], rows), population=population, level=level)  # type: ignore[arg-type]
+            alone = one.labels_alone or one
+            found.append((one.ci_high - one.ci_low) / (alone.ci_high - alone.ci_low))
+            held += [one.ci_low <= labels.mean() <= one.ci_high] * (population == "these")
+    return (float(np.mean(ratios["these"])), float(np.mean(held)), float(np.mean(ratios["more like these"]))) if held else (math.nan,) * 3
 
 # %% ../nbs/judge_bench.ipynb #21dcbed1
 def draw_labels(
@@ -273,13 +314,20 @@ class JudgeBench:
 
     def to_dict(self) -> dict[str, Any]:
         "As plain data that JSON can hold."
-        return asdict(self) | {"aurocs": {name: value.to_dict() for name, value in self.aurocs.items()}}
+        plain = asdict(self) | {"aurocs": {name: value.to_dict() for name, value in self.aurocs.items()}}
+        for one in (*plain["savings"], *plain["curve"]):
+            one.update({name: None for name, value in one.items() if isinstance(value, float) and math.isnan(value)})
+        return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> JudgeBench:
         "What `to_dict` gave."
-        return cls(**(dict(plain) | {"aurocs": {name: Score.from_dict(value) for name, value in plain["aurocs"].items()}}
-                      | {name: tuple(Saving(**item) for item in plain[name]) for name in ("savings", "curve")}))
+        values: dict[str, Any] = dict(plain)
+        values["aurocs"] = {name: Score.from_dict(value) for name, value in plain["aurocs"].items()}
+        for name in ("savings", "curve"):
+            rows: list[dict[str, Any]] = [{key: math.nan if value is None else value for key, value in item.items()} for item in plain[name]]
+            values[name] = tuple(Saving(**row) for row in rows)
+        return cls(**values)
 
     def __str__(self) -> str:
         data = self.data
@@ -289,17 +337,18 @@ class JudgeBench:
         if self.savings:
             lines += ["", f"Intervals from {self.savings[0].labels} random labels, mean of {self.savings[0].draws} draws"]
             lines += [f"  {item.score:<30} {1 - item.ratio:+.1%} narrower than labels alone (5% to 95% of draws: {1 - item.ratio_high:+.1%} to {1 - item.ratio_low:+.1%}), "
-                      f"coverage {item.coverage:.1%} against {item.coverage_alone:.1%} (± {1.96 * item.coverage_error:.1%}); correlation {item.correlation:.2f}"
+                      f"coverage {item.coverage:.1%} against {item.coverage_alone:.1%} (± {1.96 * item.coverage_error:.1%}); correlation {item.correlation:.2f}\n"
+                      f"  {'':<30} ppi_mean: {1 - item.ratio_by_ppi:+.1%} (coverage {item.coverage_by_ppi:.1%}); for rows more like these {1 - item.ratio_like_these:+.1%}"
                       for item in self.savings]
         lines += [f"Without a score: {sum(self.failures.values())} claims {dict(self.failures)}"] if self.failures else []
         return "\n".join(lines)
 
     def _repr_markdown_(self) -> str:
         lines = ["| | AUROC (95% interval over texts) |", "|---|---|", *(f"| {name} | {value:.3f} |" for name, value in self.aurocs.items()), "",
-                 "| score | correlation | width against labels alone | 5% to 95% of draws | coverage, labels alone | coverage with the score | for rows like these |",
-                 "|---|---|---|---|---|---|---|"]
+                 "| score | correlation | width against labels alone | 5% to 95% of draws | coverage, labels alone | coverage with the score | by `ppi_mean` | for rows more like these |",
+                 "|---|---|---|---|---|---|---|---|"]
         lines += [f"| {html.escape(item.score)} | {item.correlation:.2f} | {item.ratio:.3f} | {item.ratio_low:.3f} to {item.ratio_high:.3f} | {item.coverage_alone:.1%} | "
-                  f"{item.coverage:.1%} | {item.ratio_like_these:.3f} |" for item in self.savings]
+                  f"{item.coverage:.1%} | {item.ratio_by_ppi:.3f} | {item.ratio_like_these:.3f} |" for item in self.savings]
         return "\n".join(lines)
 
 
@@ -307,11 +356,16 @@ def _judge_scores(judge: Judge, labelled: Sequence[LabelledClaim], found: Mappin
     "The judge's scores, and how they were made: by weights that have not seen the text where its own have."
     if isinstance(judge, Groundedness) and seen:
         good = np.isfinite(np.array([found[name] for name in FITTED])).all(0)
-        rows = [{"set": "file", "cluster": item.cluster, "label": item.label, "signals": {name: found[name][place] for name in FITTED}}
+        rows = [{"set": "file", "cluster": item.cluster, "label": item.label, "kind": "", "signals": {name: found[name][place] for name in FITTED}}
                 for place, item in enumerate(labelled) if good[place]]
         scores = iter(cross_validated(rows))
         return [float(next(scores)) if kept else Failure("missing_field", "no signals") for kept in good], "weights refitted on this file, without the text"
     return list(judge.judge([item.claim for item in labelled])), "as it is shipped"
+
+
+_LEAST = 8       # claims that a file must have
+_CHECKS = 100    # draws that also go to `ppi_mean`
+_ENOUGH = 50    # labels below which fitting to them alone is not tried: its intervals would be too narrow
 
 
 def bench_judge(
@@ -324,9 +378,11 @@ def bench_judge(
     history: History | None = None,                      # what the combined score learns from; None: what is shipped
 ) -> JudgeBench:
     """What each signal, the length alone, the judge and the combined score know about a file's labels, and how much narrower
-    they make the interval that `labels` labels give. Raises `BadInputError` for labels of one kind."""
+    they make the interval that `labels` labels give. Raises `LabelsError` for too few, or of one kind."""
     started, labelled = time.perf_counter(), load_labelled(labelled_path)
     right, clusters = checked_labels(labelled)
+    if len(right) < _LEAST:
+        raise LabelsError(f"{len(right)} labelled claims are too few to draw labels from.", f"Give at least {_LEAST}, better some hundreds.")
     draw = draw_labels(len(right), min(labels, len(right) // 2), draws)
     history, texts, embedded = history or History.load(), list(map(_text_hash, labelled)), Groundedness.load()
     judge = judge if judge is not None else embedded
@@ -340,14 +396,14 @@ def bench_judge(
     filled = np.array([0.0 if isinstance(value, Failure) else value for value in judged])
     truth = right.astype(float)
     few = draw[: min(draws, 200)]
-    inputs = _with_means(np.column_stack([*found.values(), filled]), texts)
-    savings = (saving(judge.name, truth, filled, draw), saving("combined", truth, combined, draw),
-               saving("fitted on the labels alone", truth, fitted_scores(inputs, truth, few), few))
+    savings = [saving(judge.name, truth, filled, draw, checks=_CHECKS), saving("combined", truth, combined, draw, checks=_CHECKS)]
+    if draw.shape[1] >= _ENOUGH:
+        savings.append(saving("fitted on the labels alone", truth, fitted_scores(_with_means(np.column_stack(list(found.values())), texts), truth, few), few, checks=_CHECKS))
     curve = tuple(saving("combined", truth, combined, draw_labels(len(right), count, min(draws, 500)))
                   for count in (25, 50, 100, 200, 400) if count <= len(right) * 2 / 3)
     made = JudgeBench(
         Path(labelled_path).name, {"sha256": digest, "claims": len(right), "texts": len(set(clusters)), "supported": int(right.sum())}, judge.name,
-        {judge.name: how, "combined": overlap}, aurocs, savings, curve,
+        {judge.name: how, "combined": overlap}, aurocs, tuple(savings), curve,
         dict(Counter(value.kind for value in judged if isinstance(value, Failure))), round(time.perf_counter() - started, 1),
         {"device": f"{platform.machine()}, {os.cpu_count()} cores", **{name: version(name) for name in ("llmops-ref", "numpy", "scikit-learn")}},
     )
