@@ -680,30 +680,39 @@ def _words_stand_in(statement: str, text: str) -> bool:
     return amounts_in(statement) <= amounts_in(text) and len(words & stems(text)) >= 0.7 * len(words)
 
 # %% ../nbs/metrics.ipynb #749687d0
-_ANNOUNCED = re.compile(r"[^“”]*:\s*“([^”]{20,})”\s*(?:\(.*\))?\s*", re.DOTALL)
-_REMARK = re.compile(r"\s*\[[^\[\]]{20,}\]\s*$")
+_LEAD_IN = "The generated answer is not supported by the documents, so here is the passage that fits best: "
+_LEFT_OUT = "[The rest of the generated answer is left out: the documents do not support it.]"
 
 
-def _stated(response: str) -> str:
-    "What an answer says of the matter: an announced quotation without what announces it, and no closing remark in brackets."
-    text = _REMARK.sub("", response) or response
-    quotation = _ANNOUNCED.fullmatch(text)
-    return quotation[1] if quotation else text
+_MARK = re.compile(r"\s*\[\d{1,3}(?:\s*[,;]\s*\d{1,3})*\]")
+
+
+def _said(response: str) -> str:
+    "What a response says of the matter: without marks like [1], and of our RAG's fallback the quotation alone."
+    text = _MARK.sub("", response.replace(_LEFT_OUT, "")).strip()
+    if not text.startswith(_LEAD_IN):
+        return text
+    quoted = re.fullmatch(r"“(.*)” \(.*\)", text.removeprefix(_LEAD_IN), re.DOTALL)
+    return quoted[1] if quoted else text.removeprefix(_LEAD_IN)
 
 
 def _lowest_support(judge: Judge, response: str, contexts: Sequence[str], question: str) -> float:
-    "Support of the least supported sentence. Raises `JudgeCallError` where the judge fails on one."
-    text = _stated(response)
-    claims = [Claim(text[start:end], tuple(contexts), question) for start, end in sentences(text)]
+    """Support of the least supported sentence; a sentence in which the judge finds nothing to check counts where no other does.
+
+    Raises `JudgeCallError` where the judge fails on one.
+    """
+    said = _said(response)
+    claims = [Claim(said[start:end], tuple(contexts), question) for start, end in sentences(said)]
     if not claims:
         raise JudgeCallError(Failure("missing_field", "the response is empty"))
     found = list(judge.judge(claims))
     if len(found) != len(claims):
         raise JudgeCallError(Failure("upstream", f"{judge.name} gave {len(found)} values for {len(claims)} sentences"))
-    for value in found:
+    checked = [value for value in found if not (isinstance(value, Failure) and value.kind == "missing_field")] or found
+    for value in checked:
         if isinstance(value, Failure):
             raise JudgeCallError(value)
-    return min(float(value) for value in found if not isinstance(value, Failure))
+    return min(float(value) for value in checked if not isinstance(value, Failure))
 
 
 def _support_metric(judge: Judge, *, yes_or_no: bool) -> Any:
@@ -723,7 +732,7 @@ def _support_metric(judge: Judge, *, yes_or_no: bool) -> Any:
 # %% ../nbs/metrics.ipynb #935dd76a
 def _number_agreement(response: str, retrieved_contexts: list[str]) -> float:
     "Share of the response's numbers and amounts that a passage holds; 1 where it names none."
-    named = amounts_in(response)
+    named = amounts_in(_said(response))
     held = {amount for text in retrieved_contexts for amount in amounts_in(text)}
     return len(named & held) / len(named) if named else 1.0
 
@@ -731,7 +740,7 @@ def _number_agreement(response: str, retrieved_contexts: list[str]) -> float:
 def _figure_recall(response: str, reference: str) -> float:
     "Share of the reference's numbers and amounts that the response gives; 1 where the reference names none."
     wanted = amounts_in(reference)
-    return len(wanted & amounts_in(response)) / len(wanted) if wanted else 1.0
+    return len(wanted & amounts_in(_said(response))) / len(wanted) if wanted else 1.0
 
 
 def _citation_validity(citations: list[Any], retrieved_contexts: list[str]) -> float:
@@ -804,11 +813,8 @@ def _plan(
 
 def _awaited(obj: Any) -> Callable[[dict[str, Any]], Awaitable[Any]]:
     "A decorated function that is not asynchronous, run beside the loop: if it hangs, it hangs alone."
-    lock = threading.Lock()    # RAGAS keeps the checked arguments on the metric: one call at a time
-
     def run(values: dict[str, Any]) -> Any:
-        with lock:
-            return asyncio.run(obj.ascore(**values))
+        return asyncio.run(copy.copy(obj).ascore(**values))    # a copy, because RAGAS keeps the checked arguments on the metric
 
     return lambda values: asyncio.to_thread(run, values)
 

@@ -571,12 +571,13 @@ def test_a_function_that_hangs_does_not_hold_up_the_others():
     release = threading.Event()
 
     def stuck(response: str) -> float:
-        release.wait(20)
+        if response.startswith("Answer 1"):
+            release.wait(20)
         return 1.0
 
-    found = measure([decorated(stuck), "exact_match"], FULL, workers=2, timeout=0.2)
+    found = measure([decorated(stuck), "exact_match"], FULL, workers=2, timeout=2)
     release.set()
-    assert {value.kind for value in found["stuck"].values()} == {"timeout"}
+    assert found["stuck"].pop("r1").kind == "timeout" and set(found["stuck"].values()) == {1.0}
     assert all(isinstance(value, float) for value in found["exact_match"].values())
 
 
@@ -623,6 +624,28 @@ def test_groundedness_is_that_of_the_weakest_sentence():
     assert grounded(SomeJudge(), row("a", response="Cards are free. The fee is £9.", retrieved_contexts=passages)) == [0.2, 0.0]
 
 
+def test_the_frame_of_a_fallback_answer_is_not_judged():
+    from llmops_ref import metrics, rag
+
+    assert (rag._UNSUPPORTED, rag._CUT.strip()) == (metrics._LEAD_IN, metrics._LEFT_OUT)
+    passages = ("The fee is £25. Cards are free (for now).",)
+    for said in ("Cards are free (for now).", "The fee is £25. Cards are free (for now)."):
+        framed = row("a", response=f"{rag._UNSUPPORTED}“{said}” (fees-2026.md, Fees (personal) > Late)", retrieved_contexts=passages)
+        assert grounded(SomeJudge(), framed) == [0.9, 1.0]
+        assert load_metrics(["number_agreement"])[0].measure([framed]) == {"a": 1.0}
+    cut = row("a", response=f"The fee is £25.{rag._CUT}", retrieved_contexts=passages)
+    assert grounded(SomeJudge(), cut) == [0.9, 1.0]
+    assert grounded(SomeJudge(), row("a", response=f"{rag._UNSUPPORTED}The fee is £9.", retrieved_contexts=passages)) == [0.2, 0.0]
+
+
+def test_a_sentence_with_nothing_to_check_does_not_count_beside_others():
+    nothing = Failure("missing_field", "nothing to check")
+    two = row("a", response="One. I hope this helps.", retrieved_contexts=("One.",))
+    assert grounded(SomeJudge(0.9, nothing), two) == [0.9, 1.0]
+    assert grounded(SomeJudge(nothing, nothing), two) == [nothing, nothing]
+    assert grounded(SomeJudge(0.9, Failure("timeout", "late")), two)[0].kind == "timeout"
+
+
 @pytest.mark.parametrize(
     ("results", "kind"),
     [
@@ -638,6 +661,7 @@ def test_a_judge_of_claims_that_misbehaves_is_typed(results, kind):
 
 OWN = [
     ("number_agreement", {"response": "It is £25, or 3 percent.", "retrieved_contexts": ("£25.00",)}, {}, 0.5),
+    ("number_agreement", {"response": "It is £25 [1], [2, 3].", "retrieved_contexts": ("£25.00",)}, {}, 1.0),
     ("number_agreement", {"response": "It is free.", "retrieved_contexts": ()}, {}, 1.0),
     ("figure_recall", {"response": "£15 or 1,000.00 pounds", "reference": "£1000, £20"}, {}, 0.5),
     ("figure_recall", {"response": "", "reference": "Free."}, {}, 1.0),
