@@ -602,22 +602,6 @@ def grounded(judge: SomeJudge, one: EvaluationRow) -> list[Value]:
     return [values[one.id] for values in measure(load_metrics(["groundedness", "grounded"], judge=judge), [one]).values()]
 
 
-def test_an_announced_quotation_is_judged_without_its_announcement():
-    seen = []
-
-    class Noting:
-        name, model, prompt, threshold = "noting", "rules", "", 0.5
-
-        def judge(self, claims):
-            seen.extend(claim.text for claim in claims)
-            return [1.0 for _ in claims]
-
-    announced = "The generated answer is not supported by the documents, so here is the passage that fits best: “Plus costs £8 a month. It has no other fee.” (fees.md, Fees (2026) > Plus)"
-    for said in (announced, "Plus costs £8. [The rest of the generated answer is left out: the documents do not support it.]", "He said: “yes” (twice). Then he left."):
-        measure(load_metrics(["groundedness"], judge=Noting()), [EvaluationRow("a", "?", said, retrieved_contexts=("p",))])
-    assert [text.strip() for text in seen] == ["Plus costs £8 a month.", "It has no other fee.", "Plus costs £8.", "He said: “yes” (twice).", "Then he left."]
-
-
 def test_groundedness_is_that_of_the_weakest_sentence():
     passages = ("The fee is £25. Cards are free.",)
     assert grounded(SomeJudge(), row("a", response="Cards are free. The fee is £25.", retrieved_contexts=passages)) == [0.9, 1.0]
