@@ -26,15 +26,16 @@ import numpy as np
 
 from .core import BadInputError, LlmopsRefError, atomic_path, require, sha256_file
 from .corrected_estimates import ppi_mean
+from .estimates import student_quantile
 from .evaluation_data import Judge, LabelledClaim, load_labelled
 from .evidence import content_words, stem
 from .groundedness import FITTED, RULES, SIGNALS, Groundedness, auroc, cross_validated
-from .judges import checked_labels, finite_estimate
+from .judges import checked_labels
 from .scores import Failure, Score
 
 # %% auto #0
-__all__ = ['SAMPLE_SIGNALS', 'sample_signals', 'HistoryError', 'History', 'keep_history', 'combined_scores', 'Saving', 'saving',
-           'draw_labels', 'fitted_scores', 'JudgeBench', 'bench_judge']
+__all__ = ['SAMPLE_SIGNALS', 'sample_signals', 'HistoryError', 'History', 'keep_history', 'combined_scores', 'finite_estimate',
+           'Saving', 'saving', 'draw_labels', 'fitted_scores', 'JudgeBench', 'bench_judge']
 
 # %% ../nbs/judge_bench.ipynb #cf7eb2f9
 SAMPLE_SIGNALS: Mapping[str, str] = {
@@ -178,6 +179,27 @@ def combined_scores(
     return scores
 
 # %% ../nbs/judge_bench.ipynb #94a12a39
+def finite_estimate(
+    labels: np.ndarray,        # of the labelled rows, shape (draws, n)
+    scores: np.ndarray,        # the judge's of the same rows
+    mean_score: np.ndarray,    # of all rows, labelled or not, shape (draws,)
+    rows: int,                 # how many those are
+    *,
+    level: float = 0.95,
+) -> tuple[np.ndarray, np.ndarray]:    # estimates and half-widths, shape (draws,)
+    """The mean label of a finite set of rows from random samples of them, many samples at once: what `ppi_mean(population="these")`
+    does for one, with Student's interval. A judge that runs against the labels is left out."""
+    n = labels.shape[1]
+    off = scores - scores.mean(1, keepdims=True)
+    spread = (off**2).sum(1)
+    weight = np.maximum(0.0, np.divide((off * labels).sum(1), spread, out=np.zeros(len(labels)), where=spread > 1e-12))
+    errors = labels - weight[:, None] * scores
+    lost = 1 + (spread > 1e-12)    # degrees of freedom: the mean, and the weight where there is one
+    variance = errors.var(1) * n / (n - lost) / n * (1 - n / rows)
+    reach = np.array([0.0, *(student_quantile((1 + level) / 2, n - one) for one in (1, 2))])[lost]
+    return errors.mean(1) + weight * mean_score, reach * np.sqrt(variance)
+
+# %% ../nbs/judge_bench.ipynb #d046f990
 @dataclass(frozen=True)
 class Saving:
     "Intervals from labels with a score against intervals from labels alone, over many draws of the labelled rows."
@@ -194,8 +216,9 @@ class Saving:
     coverage_alone: float       # share of draws whose interval holds the file's share
     coverage: float
     coverage_error: float       # standard error of a coverage of 95% over this many draws
-    ratio_like_these: float     # the same for further rows like these: the plain PPI++ interval
-    coverage_like_these: float  # of the file's share: too high by design
+    ratio_by_ppi: float         # the ratio that `ppi_mean(population="these")` gives, over the first draws; NaN where not asked
+    coverage_by_ppi: float      # and its coverage
+    ratio_like_these: float     # the ratio for rows more like these, whose truth the file does not hold
 
 
 def saving(
@@ -205,6 +228,7 @@ def saving(
     chosen: np.ndarray,             # whole numbers, shape (draws, n): which rows are labelled
     *,
     level: float = 0.95,
+    checks: int = 0,                # draws that are also given to `ppi_mean`
 ) -> Saving:
     "How much narrower a score makes the interval, and whether both keep their promise."
     wide, truth, (draws, n) = np.broadcast_to(scores, (len(chosen), len(labels))), float(labels.mean()), chosen.shape
@@ -213,15 +237,26 @@ def saving(
     alone, half_alone = finite_estimate(y, np.zeros_like(given), np.zeros(draws), len(labels), level=level)
     good = half_alone > 0
     ratio = half[good] / half_alone[good]
-    like = [ppi_mean(y[turn], given[turn], np.delete(wide[turn], chosen[turn]), level=level) for turn in range(min(draws, 200))]
-    before, after = (np.array([(one.ci_low, one.ci_high) for one in some]) for some in ([one.labels_alone or one for one in like], like))
     low, high = (float(value) for value in np.quantile(ratio, [0.05, 0.95]))
     return Saving(
         name, float(np.mean([np.corrcoef(row, labels)[0, 1] if row.std() > 0 else 0.0 for row in (wide[:1] if scores.ndim == 1 else wide)])),
         n, draws, float(2 * half_alone.mean()), float(2 * half.mean()), float(ratio.mean()), low, high,
         float((abs(alone - truth) <= half_alone).mean()), float((abs(estimates - truth) <= half).mean()), math.sqrt(level * (1 - level) / draws),
-        float(np.ptp(after, axis=1).mean() / np.ptp(before, axis=1).mean()), float(((after[:, 0] <= truth) & (truth <= after[:, 1])).mean()),
+        *_by_ppi(labels, wide, chosen[:checks], level),
     )
+
+
+def _by_ppi(labels: np.ndarray, scores: np.ndarray, chosen: np.ndarray, level: float) -> tuple[float, float, float]:
+    "Width against labels alone and coverage by `ppi_mean` for these rows, and the ratio for more like these."
+    ratios: dict[str, list[float]] = {"these": [], "more like these": []}
+    held = []
+    for turn, rows in enumerate(chosen):
+        for population, found in ratios.items():
+            one = ppi_mean(labels[rows], scores[turn, rows], np.delete(scores[turn], rows), population=population, level=level)  # type: ignore[arg-type]
+            alone = one.labels_alone or one
+            found.append((one.ci_high - one.ci_low) / (alone.ci_high - alone.ci_low))
+            held += [one.ci_low <= labels.mean() <= one.ci_high] * (population == "these")
+    return (float(np.mean(ratios["these"])), float(np.mean(held)), float(np.mean(ratios["more like these"]))) if held else (math.nan,) * 3
 
 # %% ../nbs/judge_bench.ipynb #21dcbed1
 def draw_labels(
@@ -279,13 +314,20 @@ class JudgeBench:
 
     def to_dict(self) -> dict[str, Any]:
         "As plain data that JSON can hold."
-        return asdict(self) | {"aurocs": {name: value.to_dict() for name, value in self.aurocs.items()}}
+        plain = asdict(self) | {"aurocs": {name: value.to_dict() for name, value in self.aurocs.items()}}
+        for one in (*plain["savings"], *plain["curve"]):
+            one.update({name: None for name, value in one.items() if isinstance(value, float) and math.isnan(value)})
+        return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> JudgeBench:
         "What `to_dict` gave."
-        return cls(**(dict(plain) | {"aurocs": {name: Score.from_dict(value) for name, value in plain["aurocs"].items()}}
-                      | {name: tuple(Saving(**item) for item in plain[name]) for name in ("savings", "curve")}))
+        values: dict[str, Any] = dict(plain)
+        values["aurocs"] = {name: Score.from_dict(value) for name, value in plain["aurocs"].items()}
+        for name in ("savings", "curve"):
+            rows: list[dict[str, Any]] = [{key: math.nan if value is None else value for key, value in item.items()} for item in plain[name]]
+            values[name] = tuple(Saving(**row) for row in rows)
+        return cls(**values)
 
     def __str__(self) -> str:
         data = self.data
@@ -295,17 +337,18 @@ class JudgeBench:
         if self.savings:
             lines += ["", f"Intervals from {self.savings[0].labels} random labels, mean of {self.savings[0].draws} draws"]
             lines += [f"  {item.score:<30} {1 - item.ratio:+.1%} narrower than labels alone (5% to 95% of draws: {1 - item.ratio_high:+.1%} to {1 - item.ratio_low:+.1%}), "
-                      f"coverage {item.coverage:.1%} against {item.coverage_alone:.1%} (± {1.96 * item.coverage_error:.1%}); correlation {item.correlation:.2f}"
+                      f"coverage {item.coverage:.1%} against {item.coverage_alone:.1%} (± {1.96 * item.coverage_error:.1%}); correlation {item.correlation:.2f}\n"
+                      f"  {'':<30} ppi_mean: {1 - item.ratio_by_ppi:+.1%} (coverage {item.coverage_by_ppi:.1%}); for rows more like these {1 - item.ratio_like_these:+.1%}"
                       for item in self.savings]
         lines += [f"Without a score: {sum(self.failures.values())} claims {dict(self.failures)}"] if self.failures else []
         return "\n".join(lines)
 
     def _repr_markdown_(self) -> str:
         lines = ["| | AUROC (95% interval over texts) |", "|---|---|", *(f"| {name} | {value:.3f} |" for name, value in self.aurocs.items()), "",
-                 "| score | correlation | width against labels alone | 5% to 95% of draws | coverage, labels alone | coverage with the score | for rows like these |",
-                 "|---|---|---|---|---|---|---|"]
+                 "| score | correlation | width against labels alone | 5% to 95% of draws | coverage, labels alone | coverage with the score | by `ppi_mean` | for rows more like these |",
+                 "|---|---|---|---|---|---|---|---|"]
         lines += [f"| {html.escape(item.score)} | {item.correlation:.2f} | {item.ratio:.3f} | {item.ratio_low:.3f} to {item.ratio_high:.3f} | {item.coverage_alone:.1%} | "
-                  f"{item.coverage:.1%} | {item.ratio_like_these:.3f} |" for item in self.savings]
+                  f"{item.coverage:.1%} | {item.ratio_by_ppi:.3f} | {item.ratio_like_these:.3f} |" for item in self.savings]
         return "\n".join(lines)
 
 
@@ -320,6 +363,7 @@ def _judge_scores(judge: Judge, labelled: Sequence[LabelledClaim], found: Mappin
     return list(judge.judge([item.claim for item in labelled])), "as it is shipped"
 
 
+_CHECKS = 100    # draws that also go to `ppi_mean`
 _ENOUGH = 50    # labels below which fitting to them alone is not tried: its intervals would be too narrow
 
 
@@ -349,9 +393,9 @@ def bench_judge(
     filled = np.array([0.0 if isinstance(value, Failure) else value for value in judged])
     truth = right.astype(float)
     few = draw[: min(draws, 200)]
-    savings = [saving(judge.name, truth, filled, draw), saving("combined", truth, combined, draw)]
+    savings = [saving(judge.name, truth, filled, draw, checks=_CHECKS), saving("combined", truth, combined, draw, checks=_CHECKS)]
     if draw.shape[1] >= _ENOUGH:
-        savings.append(saving("fitted on the labels alone", truth, fitted_scores(_with_means(np.column_stack(list(found.values())), texts), truth, few), few))
+        savings.append(saving("fitted on the labels alone", truth, fitted_scores(_with_means(np.column_stack(list(found.values())), texts), truth, few), few, checks=_CHECKS))
     curve = tuple(saving("combined", truth, combined, draw_labels(len(right), count, min(draws, 500)))
                   for count in (25, 50, 100, 200, 400) if count <= len(right) * 2 / 3)
     made = JudgeBench(

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['JudgeIdentity', 'identity', 'LabelsError', 'JudgeCardError', 'JudgeCard', 'PairJudge', 'labels_hash',
-           'checked_labels', 'Preference', 'prefer', 'calibrate', 'ChatJudge', 'finite_estimate', 'corrected_rate',
-           'claims_of', 'LabelsFile', 'LabellingWidget', 'agreement']
+           'checked_labels', 'Preference', 'prefer', 'calibrate', 'ChatJudge', 'corrected_rate', 'claims_of',
+           'LabelsFile', 'LabellingWidget', 'agreement']
 
 # %% ../nbs/judges.ipynb #78e8973b
 @dataclass(frozen=True)
@@ -660,41 +660,6 @@ class ChatJudge:
         return found if found is not None else _from_text(reply, options, self.mode)
 
 # %% ../nbs/judges.ipynb #34069656
-def finite_estimate(
-    labels: np.ndarray,        # of the labelled rows, shape (draws, n)
-    scores: np.ndarray,        # the judge's of the same rows
-    mean_score: np.ndarray,    # of all rows, labelled or not, shape (draws,)
-    rows: int,                 # how many those are
-    *,
-    level: float = 0.95,
-) -> tuple[np.ndarray, np.ndarray]:    # estimates and half-widths, shape (draws,)
-    """The mean label of a finite set of rows from a random sample of them, with the judge weighted so that the spread is smallest
-    (the regression estimator of survey sampling; PPI++ where the set is all there is). A judge that runs against the labels is
-    left out. Draws are many samples worked at once."""
-    n = labels.shape[1]
-    off = scores - scores.mean(1, keepdims=True)
-    spread = (off**2).sum(1)
-    weight = np.maximum(0.0, np.divide((off * labels).sum(1), spread, out=np.zeros(len(labels)), where=spread > 1e-12))
-    errors = labels - weight[:, None] * scores
-    lost = 1 + (spread > 1e-12)    # degrees of freedom: the mean, and the weight where there is one
-    variance = errors.var(1) * n / (n - lost) / n * (1 - n / rows)
-    reach = np.array([0.0, *(student_quantile((1 + level) / 2, n - one) for one in (1, 2))])[lost]
-    return errors.mean(1) + weight * mean_score, reach * np.sqrt(variance)
-
-
-def _finite(labels: np.ndarray, judged: np.ndarray, rest: np.ndarray, level: float) -> CorrectedScore:
-    "`finite_estimate` for one sample, as a score; Wilson's interval with the effective number of rows for labels of 0 and 1."
-    rows = len(judged) + len(rest)
-    everything = np.concatenate([judged, rest])
-    (value,), (half,) = finite_estimate(labels[None], judged[None], everything.mean()[None], rows, level=level)
-    alone, reach = finite_estimate(labels[None], np.zeros((1, len(labels))), np.zeros(1), rows, level=level)
-    shown = Score(float(everything.mean()), float(everything.mean()), float(everything.mean()), rows, None, 0, "all rows", level=level)
-    without = Score(float(alone[0]), float(alone[0] - reach[0]), float(alone[0] + reach[0]), len(labels), None, 0, "Student, finite set", level=level)
-    low, high = max(0.0, float(value - half)), min(1.0, float(value + half))
-    return CorrectedScore(min(max(float(value), 0.0), 1.0), low, high, rows, None, 0, "PPI++, Student, finite set", level=level,
-                          uncorrected=shown, labels_alone=without, labels=len(labels))
-
-
 def corrected_rate(
     values: Mapping[str, Value],                         # the judge's score of every row of the run, by id
     labels: Mapping[str, bool] | None = None,            # people's, of rows chosen at random; None: correct by the card
@@ -702,7 +667,7 @@ def corrected_rate(
     card: JudgeCard | None = None,                       # of the judge
     judge: Judge | JudgeIdentity | None = None,          # where given, the card must be about it
     clusters: Mapping[str, str] | None = None,           # of every row
-    rows: Literal["like these", "these"] = "like these",
+    population: Literal["more like these", "these"] = "more like these",    # what the rate is of: where the rows came from, or these rows
     level: float = 0.95,
 ) -> CorrectedScore:
     "The share of rows that people would call supported. Raises `LabelsError` and `JudgeCardError`."
@@ -719,12 +684,8 @@ def corrected_rate(
         raise LabelsError(f"{len(unknown)} labels are of rows that the run does not have." if unknown else f"{len(few)} of {len(values)} rows are labelled.",
                           "Label at least 4 rows of this run, chosen at random, and leave at least 2.")
     truth, owners = [float(labels[id]) for id in few], [None if clusters is None else [clusters[id] for id in some] for some in (few, rest)]
-    found = ppi_mean(truth, [values[id] for id in few], [values[id] for id in rest], clusters=owners[0], unlabelled_clusters=owners[1], level=level)
-    if rows == "like these":
-        return found
-    numbers = np.array([math.nan if isinstance(values[id], Failure) else values[id] for id in (*few, *rest)], float)
-    numbers = np.where(np.isfinite(numbers), numbers, np.nanmean(numbers) if np.isfinite(numbers).any() else 0.0)
-    return replace(_finite(np.array(truth), numbers[: len(few)], numbers[len(few):], level), failures=found.failures, failure_kinds=found.failure_kinds)
+    return ppi_mean(truth, [values[id] for id in few], [values[id] for id in rest], clusters=owners[0], unlabelled_clusters=owners[1],
+                    population=population, level=level)
 
 # %% ../nbs/judges.ipynb #6cdb70fd
 def claims_of(
