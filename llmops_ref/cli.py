@@ -498,7 +498,7 @@ def _judge_calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _bench_judge(arguments: argparse.Namespace) -> int:
-    from llmops_ref.judges import bench_judge
+    from llmops_ref.judge_bench import bench_judge
 
     judge = None if (arguments.metric, arguments.judge) == ("groundedness", None) else _judge(arguments)
     bench = bench_judge(arguments.labelled, judge=judge, labels=arguments.labels, out=arguments.out)
@@ -509,7 +509,7 @@ def _bench_judge(arguments: argparse.Namespace) -> int:
 def _bench_coverage(arguments: argparse.Namespace) -> int:
     from llmops_ref.corrected_estimates import bench_coverage
 
-    bench = bench_coverage(arguments.sets, out=arguments.out)
+    bench = bench_coverage(arguments.sets, out=arguments.out, progress=not arguments.json)
     print(_as_json(bench) if arguments.json else bench._repr_markdown_())
     return 0
 

@@ -98,7 +98,7 @@ def _metric(evaluation: Reported, name: str, level: float) -> dict[str, Any]:
     low, high = min([0.0, *numbers]), max([1.0, *numbers])
     counts = [0] * 10
     for number in numbers:
-        counts[min(int(10 * (number - low) / (high - low)), 9)] += 1
+        counts[min(int(10 * ((number / 2 - low / 2) / (high / 2 - low / 2))), 9)] += 1    # halves: the range may be too long for a float
     plain = {"name": _clean(name), "judge": facts.judge and _clean(facts.judge), "higher_is_better": facts.higher_is_better, "rows": len(values)}
     return plain | {"score": _plain(found), "range": [low, high], "histogram": counts}
 
@@ -221,8 +221,13 @@ def _interval(found: Mapping[str, Any] | None) -> str:
         return f"{_figure(estimate)} (no interval)"
     return f"{_figure(estimate)} ({_figure(found['ci_low'])} to {_figure(found['ci_high'])})"
 
+
+def _named(name: str, note: str) -> _Html:
+    "A name, and in small type what it is."
+    return _join([_element("strong", name), *([_Html("<br>"), _element("small", note)] if note else [])])
+
 # %% ../nbs/reports.ipynb #b996e098
-_WIDTH, _HEIGHT = 220, 26    # of a drawing, in pixels
+_WIDTH, _HEIGHT = 200, 26    # of a drawing, in pixels
 
 
 def _drawing(label: str, *parts: _Html) -> _Html:
@@ -261,7 +266,7 @@ def _bar(
 # %% ../nbs/reports.ipynb #bd3490e9
 def _spread(counts: Sequence[int], low: float, high: float) -> _Html:
     "How values are spread: ten columns from the lowest to the highest."
-    tallest, width = max(counts) or 1, (_WIDTH / 2 - 4) / len(counts)
+    tallest, width = max(counts) or 1, (_WIDTH / 2 - 20) / len(counts)
     columns = [
         _element("rect", x=f"{place * width:.1f}", width=f"{width - 1:.1f}", y=f"{_HEIGHT - 2 - 20 * count / tallest:.1f}", height=f"{20 * count / tallest:.1f}", class_="column")
         for place, count in enumerate(counts)
@@ -315,20 +320,21 @@ def _scores_section(data: Mapping[str, Any]) -> _Html:
     rows: list[Sequence[Any]] = []
     for one in data["metrics"]:
         found, limit = one["score"], _limits(data, one["name"])
+        notes = [f"judged by {one['judge']}" if one["judge"] else "", "" if one["higher_is_better"] else "lower is better"]
+        name = _named(one["name"], ", ".join(filter(None, notes)))
         if found is None:
-            rows.append((one["name"], one["judge"] or "–", "", "no row has it", "", 0, 0, ""))
+            rows.append((name, "", "no row has it", "", 0, 0, ""))
             continue
         counted = found["as_misses"] or found if one["higher_is_better"] else found
         low, high = one["range"]
-        without = found["estimate"] if found["failures"] else None
         kinds = ", ".join(f"{number} {kind}" for kind, number in found["failure_kinds"].items())
         rows.append((
-            _Html(_element("strong", one["name"]) + (_Html("") if one["higher_is_better"] else _element("small", " lower is better"))), one["judge"] or "–",
-            _bar(counted, low, high, limit=limit, other=without), _interval(counted), _interval(found) if found["failures"] else "the same",
-            found["n"], f"{found['failures']}{f' ({kinds})' if kinds else ''}", _spread(one["histogram"], low, high),
+            name, _bar(counted, low, high, limit=limit, other=found["estimate"] if found["failures"] else None), _interval(counted),
+            _interval(found) if found["failures"] else "the same", f"{found['n']}{f' in {clusters}' if (clusters := found['clusters']) else ''}", kinds or "none",
+            _spread(one["histogram"], low, high),
         ))  # fmt: skip
-    heads = ("metric", "judge", "interval", "failures as misses", "without failures", "n", "failures", "spread of values")
-    caption = f"Estimates with {data['level']:.0%} intervals over {data['dataset']['rows']} rows. The dot is the estimate, the bar its interval, an open dot the estimate without failures, the line across the gate's limit."
+    heads = ("metric", "interval", "failures as misses", "without failures", "values", "failures", "spread")
+    caption = f"Estimates with {data['level']:.0%} intervals over {data['dataset']['rows']} rows; n in m: values, and the independent groups that they come from. The dot is the estimate, the bar its interval, an open dot the estimate without failures, the line across the gate's limit. The spread runs from the lowest to the highest value in ten columns."
     return _element("section", _element("h2", "Scores"), _table(heads, rows, caption))
 
 # %% ../nbs/reports.ipynb #2a1aa4b1
@@ -361,9 +367,9 @@ def _judges_section(data: Mapping[str, Any]) -> _Html:
     for one in data["judges"]:
         card = one["card"] or {}
         shown = [_interval(card[name]) if card.get(name) else "–" for name in _CARD]
-        rows.append((_badge(one["verdict"]), one["name"], one["model"] or "–", *shown, card.get("n", "–"), card.get("date", "no card"), one["reason"] or "–"))
-    heads = ("verdict", "judge", "model", *_CARD, "labels", "calibrated", "why")
-    return _element("section", _element("h2", "Judges"), _table(heads, rows, "How far each judge agrees with people, on the labelled claims of its card."))
+        rows.append((_badge(one["verdict"]), _named(one["name"], one["model"] or ""), *shown, card.get("n", "–"), card.get("date", "no card")))
+    heads = ("verdict", "judge", *_CARD, "labels", "calibrated")
+    return _element("section", _element("h2", "Judges"), _table(heads, rows, "How far each judge agrees with people, on the labelled claims of its card; why it cannot be relied on stands among the checks."))
 
 # %% ../nbs/reports.ipynb #34315f99
 def _slices_section(data: Mapping[str, Any]) -> _Html:
@@ -372,7 +378,7 @@ def _slices_section(data: Mapping[str, Any]) -> _Html:
     ranges = {one["name"]: one["range"] for one in data["metrics"]}
     for by in dict.fromkeys(one["by"] for one in data["slices"]):
         rows = [
-            (one["metric"], part["name"], _bar(found, *ranges[one["metric"]]), _interval(found), found["n"], found["failures"])
+            (one["metric"], part["name"], _bar(found, *ranges[one["metric"]]), _interval(found), found["n"], part["score"]["failures"])
             for one in data["slices"] if one["by"] == by and len(one["slices"]) > 1
             for part in one["slices"][:_MOST_SLICES] if (found := part["score"] and (part["score"]["as_misses"] or part["score"]))
         ]  # fmt: skip

@@ -873,3 +873,63 @@ def test_a_bad_judge_never_passes_from_the_command_line(tmp_path, monkeypatch, c
         assert main([*command, *options, "--report", str(tmp_path / "report")]) == 1
         assert re.search(reason, capsys.readouterr().out)
         assert "❌ fail" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def workflow() -> dict[str, str]:
+    "The shell scripts of the example workflow, by the name of their step."
+    import yaml
+
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "evaluate.yml").read_text(encoding="utf-8"))["jobs"]["gate"]["steps"]
+    return {step["name"]: step["run"] for step in steps if "run" in step}
+
+
+@pytest.mark.parametrize(("code", "exits"), [("0", 0), ("1", 1), ("4", 1), ("2", 1), ("130", 1), ("", 1)])
+def test_the_example_workflow_is_green_for_zero_only_and_names_four(workflow, code, exits):
+    done = subprocess.run(["bash", "-e", "-c", workflow["Decide"]], env={**os.environ, "CODE": code}, capture_output=True, text=True)
+    assert done.returncode == exits and ("inconclusive" in done.stdout) is (code == "4")
+
+
+def test_the_example_workflow_calls_commands_that_exist_with_a_gate_that_can_be_read(workflow, tmp_path):
+    from llmops_ref.release_gate import Gate
+
+    assert Gate.from_file(ROOT / ".github" / "gate.toml").named
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline" / "evaluation.json").write_text("{}")
+    stand_in = tmp_path / ".venv" / "bin" / "llmops-ref"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> called\n[ "$1" = evaluate ] && exit 4 || exit 0\n')
+    stand_in.chmod(0o755)
+    for event, limits in (("pull_request", True), ("push", False)):
+        (tmp_path / "called").unlink(missing_ok=True)
+        scripts = [script for name, script in workflow.items() if "llmops-ref" in script and "pip" not in script]
+        for script in scripts:
+            subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env={**os.environ, "EVENT": event, "GITHUB_OUTPUT": str(tmp_path / "output")}, check=True)
+        assert (tmp_path / "output").read_text().endswith("code=4\n")
+        called = (tmp_path / "called").read_text().splitlines()
+        assert [line.split()[0] for line in called] == ["ingest", "judge", "evaluate"]
+        assert (" --gate " in called[-1]) is limits
+        for line in called:
+            module._parser().parse_args(line.split())
+
+
+def test_the_benches_of_evaluation_hand_on_their_settings_and_print_or_write_json(tmp_path, monkeypatch, capsys):
+    from llmops_ref import corrected_estimates, judge_bench
+
+    calls: list[Any] = []
+
+    class Found:
+        def to_dict(self) -> dict[str, Any]:
+            return {"found": 1}
+
+        def _repr_markdown_(self) -> str:
+            return "| found |"
+
+    monkeypatch.setattr(judge_bench, "bench_judge", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    monkeypatch.setattr(corrected_estimates, "bench_coverage", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    assert main(["bench", "judge", "labelled.jsonl", "--labels", "50", "--out", "out.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"found": 1}
+    assert main(["bench", "coverage", "--sets", "7"]) == 0
+    assert capsys.readouterr().out == "| found |\n"
+    assert calls[0] == (("labelled.jsonl",), {"judge": None, "labels": 50, "out": "out.json"})
+    assert calls[1][0] == (7,) and calls[1][1]["out"] is None

@@ -72,6 +72,8 @@ def one(result: GateResult, name: str) -> Check:
         ("[floors]\nx = 0.5\nx = 0.6", "is not TOML: Cannot overwrite a value"),
         ("[floors\nx = 0.5", "is not TOML.*line 1"),
         ("x = " + "[" * 5000, "is not TOML"),
+        ("min_n = " + "9" * 5000, "is not TOML"),
+        ("[floors]\nx = " + "9" * 400, "which cannot be"),
     ],
 )
 def test_a_gate_file_that_cannot_be_meant_names_file_key_and_remedy(tmp_path, text, says):
@@ -90,7 +92,7 @@ def test_a_gate_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_whole_gate_file_is_read(tmp_path):
     (tmp_path / "gate.toml").write_text(
-        "max_failure_rate = 0.05\nmin_n = 50\nlevel = 0.9\n[floors]\nrecall = 0.8\n'a.b' = 1\n[ceilings]\nseconds = 3\n[margins]\nrecall = 0.02\n"
+        "\ufeffmax_failure_rate = 0.05\nmin_n = 50\nlevel = 0.9\n[floors]\nrecall = 0.8\n'a.b' = 1\n[ceilings]\nseconds = 3\n[margins]\nrecall = 0.02\n"
         "[judge]\nkappa = 0.5\nmax_age_days = 30\nmax_failure_rate = 0.02\ndata_hash = 'abc'\nallow_constant = true\n[baseline]\nmin_shared = 0.9\n"
     )
     rule = JudgeRule(0.5, 30, 0.02, "abc", True)

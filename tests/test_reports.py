@@ -67,7 +67,7 @@ class Seen(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta",):
+        if tag not in ("meta", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -114,7 +114,7 @@ def test_the_estimate_with_failures_as_misses_stands_beside_the_one_without():
     assert found["failures"] == 1 and found["failure_kinds"] == {"parse": 1} and found["as_misses"]["estimate"] < found["estimate"]
     for text in (seen(report_html(data)).text, report_markdown(data)):
         assert f"{found['estimate']:.3f} (" in text and f"{found['as_misses']['estimate']:.3f} (" in text
-    assert "1 (1 parse)" in seen(report_html(data)).text
+    assert "1 parse" in seen(report_html(data)).text
 
 
 def test_the_worst_rows_come_with_their_passages_and_those_without_a_value_first():
@@ -153,7 +153,7 @@ def test_nothing_hostile_runs_or_loads():
     found = seen(page)
     assert {tag for tag, _ in found.tags} <= {
         "html", "head", "meta", "title", "style", "body", "header", "main", "section", "h1", "h2", "h3", "p", "div", "table", "caption", "thead", "tbody", "tr",
-        "th", "td", "span", "strong", "small", "b", "em", "code", "svg", "line", "circle", "rect", "details", "summary", "dl", "dt", "dd", "pre", "ol", "li",
+        "th", "td", "br", "span", "strong", "small", "b", "em", "code", "svg", "line", "circle", "rect", "details", "summary", "dl", "dt", "dd", "pre", "ol", "li",
     }  # fmt: skip
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on") or name in ("href", "src", "srcset", "style", "action")]
     assert "alert(1)" in found.text and "url(" not in page and "@import" not in page
