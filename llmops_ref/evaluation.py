@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import io
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partialmethod
 from hashlib import sha256
 from importlib import metadata
 from itertools import pairwise
@@ -629,19 +628,21 @@ def generate_testset(
 # %% ../nbs/evaluation.ipynb #cf2f157b
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    "Keep RAGAS from printing a bar for each of its steps, unless wanted."
-    logger = logging.getLogger("ragas")
-    level = logger.level
+    "Keep RAGAS from showing a bar and remarks for each of its steps, unless wanted."
+    logger, bars = logging.getLogger("ragas"), require("tqdm.auto", extra="evaluation").tqdm
+    level, begin = logger.level, bars.__init__
     if progress:
         yield
         return
     logger.setLevel(logging.ERROR)
+    bars.__init__ = partialmethod(begin, disable=True)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        bars.__init__ = begin
 
 
 def _ask_ragas(passages: Sequence[Passage], judge: LangChainJudge, vectors: RagasEmbeddings, size: int, personas: Mapping[str, str]) -> list[Any]:
