@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cached_property, partialmethod
+from functools import cached_property
 from hashlib import sha256
 from importlib import metadata
 from itertools import pairwise
@@ -634,8 +634,12 @@ def _quiet(progress: bool) -> Iterator[None]:
     if progress:
         yield
         return
+
+    def hidden(self: Any, *arguments: Any, **wishes: Any) -> None:
+        begin(self, *arguments, **{**wishes, "disable": True})    # RAGAS asks for each of them by name
+
     logger.setLevel(logging.ERROR)
-    bars.__init__ = partialmethod(begin, disable=True)
+    bars.__init__ = hidden
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
