@@ -152,13 +152,14 @@ class Gate:
         "Read a gate. Raises `GateFileError` naming the file, the key or line, and what to write."
         file = Path(path)
         try:
-            return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8-sig")), file.name)
+            plain = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise GateFileError(f"The gate file {file} cannot be read ({type(error).__name__}).", "Check the path.") from error
         except UnicodeDecodeError as error:
             raise GateFileError(f"{file.name} is not UTF-8: byte {error.start} cannot be decoded.", "Save it as UTF-8.") from error
         except (ValueError, RecursionError) as error:    # ValueError: also a number of thousands of digits
             raise GateFileError(f"{file.name} is not TOML: {error}.", "Mend that line; https://toml.io has the rules.") from error
+        return cls.from_dict(plain, file.name)
 
     def check_fit(
         self,

@@ -80,7 +80,7 @@ def test_a_gate_file_that_cannot_be_meant_names_file_key_and_remedy(tmp_path, te
     (tmp_path / "gate.toml").write_text(text)
     with pytest.raises(GateFileError, match=rf"(?s)gate\.toml.*{says}|{says}.*gate\.toml") as caught:
         Gate.from_file(tmp_path / "gate.toml")
-    assert caught.value.remedy
+    assert caught.value.remedy and ("is not TOML" in str(caught.value)) is says.startswith("is not TOML")
 
 
 def test_a_gate_file_that_cannot_be_read_is_named(tmp_path):
@@ -419,7 +419,7 @@ SPOILT: dict[str, tuple[Callable[[JudgeCard], JudgeCard | None], str]] = {
     "on other labels": (lambda card: dataclasses.replace(card, data_hash="1" * 64), "other labels"),
     "weak": (lambda card: dataclasses.replace(card, kappa=Score(0.4, 0.3, 0.5, 120, 120, 0, "x")), "0.6 is wanted"),
     "no better than chance": (lambda card: dataclasses.replace(card, kappa=Score(0.7, -0.1, 1.0, 3, 3, 0, "x")), "told from chance"),
-    "without a kappa": (lambda card: dataclasses.replace(card, kappa=Score(math.nan, -math.inf, math.inf, 0, 0, 120, "x")), "cannot be told"),
+    "without a kappa": (lambda card: dataclasses.replace(card, kappa=Score(math.nan, -math.inf, math.inf, 0, 0, 120, "x")), "no verdict on any"),
     "full of failures": (lambda card: dataclasses.replace(card, failures=Score(0.5, 0.4, 0.6, 120, 120, 0, "x")), "no verdict"),
 }
 
