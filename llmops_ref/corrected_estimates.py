@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -44,6 +44,13 @@ class CorrectedScore(Score):
         "As plain data that JSON can hold: what is not finite becomes None."
         plain = super().to_dict()
         return plain | {name: one.to_dict() if (one := getattr(self, name)) else None for name in ("uncorrected", "labels_alone")}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        "What `to_dict` gave. Raises `BadInputError` for anything else."
+        numbers = {name: math.nan if plain.get(name) is None else plain[name] for name in ("standard_error", "weight")}
+        parts = {name: Score.from_dict(one) if (one := plain.get(name)) else None for name in ("uncorrected", "labels_alone")}
+        return super().from_dict(dict(plain) | numbers | parts)
 
 
 def _zero_one(values: Iterable[Value | None], what: str) -> tuple[np.ndarray, int, dict[str, int]]:

@@ -324,3 +324,11 @@ def test_the_stored_results_are_of_the_designs_that_are_there():
     by_kind = {kind: [row["covered"] for row in bench.rows if row["interval"] == kind] for kind in {row["interval"] for row in bench.rows}}
     assert all(0.94 <= np.mean(shares) <= 0.975 for kind, shares in by_kind.items() if kind != "A/A")
     assert min(by_kind["A/A"]) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / bench.sets)
+
+
+def test_a_corrected_record_survives_json():
+    labels, verdicts = judged(14, 300)
+    pair = sensitivity_and_specificity(verdicts[:100], labels[:100])
+    for found in (rogan_gladen([*verdicts[100:], None], *pair), ppi_mean(labels[:100], verdicts[:100], verdicts[100:]), rogan_gladen([None], *pair)):
+        back = module.CorrectedScore.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+        assert back.to_dict() == found.to_dict() and isinstance(back.uncorrected, Score)

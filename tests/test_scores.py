@@ -418,3 +418,11 @@ def test_a_comparison_reads_as_a_sentence():
     assert f"{found:.2f}".startswith("better: +1.00 (") and "n = 20" in f"{found:.2f}"
     assert "no interval" in f"{compare([1.0], [0.0]):.2f}"
     assert "faithfulness" in found._repr_markdown_() and "| better |" in found._repr_markdown_()
+
+
+@pytest.mark.parametrize("tiny", [5e-324, 1e-300, 1e-12])
+def test_a_margin_next_to_nothing_needs_more_rows_than_there_are(tiny):
+    for found in (compare([1.0, 0.0] * 20, [0.0, 0.0, 1.0, 1.0] * 10, margin=tiny), compare([0.1, 0.5, 0.9] * 9, [0.2, 0.4, 0.9] * 9, effect=tiny)):
+        assert found.n_needed is None and found.verdict == "inconclusive"
+    with pytest.raises(BadInputError, match="large enough"):
+        rows_needed(tiny, 10.0)
