@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import io
 import json
 import logging
 import math
@@ -629,19 +628,25 @@ def generate_testset(
 # %% ../nbs/evaluation.ipynb #cf2f157b
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    "Keep RAGAS from printing a bar for each of its steps, unless wanted."
-    logger = logging.getLogger("ragas")
-    level = logger.level
+    "Keep RAGAS from showing a bar and remarks for each of its steps, unless wanted."
+    logger, bars = logging.getLogger("ragas"), require("tqdm.auto", extra="evaluation").tqdm
+    level, begin = logger.level, bars.__init__
     if progress:
         yield
         return
+
+    def hidden(self: Any, *arguments: Any, **wishes: Any) -> None:
+        begin(self, *arguments, **{**wishes, "disable": True})    # RAGAS asks for each of them by name
+
     logger.setLevel(logging.ERROR)
+    bars.__init__ = hidden
     try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        bars.__init__ = begin
 
 
 def _ask_ragas(passages: Sequence[Passage], judge: LangChainJudge, vectors: RagasEmbeddings, size: int, personas: Mapping[str, str]) -> list[Any]:

@@ -30,7 +30,7 @@ from .estimates import student_quantile
 from .evaluation_data import Judge, LabelledClaim, load_labelled
 from .evidence import content_words, stem
 from .groundedness import FITTED, RULES, SIGNALS, Groundedness, auroc, cross_validated
-from .judges import checked_labels
+from .judges import LabelsError, checked_labels
 from .scores import Failure, Score
 
 # %% auto #0
@@ -363,6 +363,7 @@ def _judge_scores(judge: Judge, labelled: Sequence[LabelledClaim], found: Mappin
     return list(judge.judge([item.claim for item in labelled])), "as it is shipped"
 
 
+_LEAST = 8       # claims that a file must have
 _CHECKS = 100    # draws that also go to `ppi_mean`
 _ENOUGH = 50    # labels below which fitting to them alone is not tried: its intervals would be too narrow
 
@@ -377,9 +378,11 @@ def bench_judge(
     history: History | None = None,                      # what the combined score learns from; None: what is shipped
 ) -> JudgeBench:
     """What each signal, the length alone, the judge and the combined score know about a file's labels, and how much narrower
-    they make the interval that `labels` labels give. Raises `BadInputError` for labels of one kind."""
+    they make the interval that `labels` labels give. Raises `LabelsError` for too few, or of one kind."""
     started, labelled = time.perf_counter(), load_labelled(labelled_path)
     right, clusters = checked_labels(labelled)
+    if len(right) < _LEAST:
+        raise LabelsError(f"{len(right)} labelled claims are too few to draw labels from.", f"Give at least {_LEAST}, better some hundreds.")
     draw = draw_labels(len(right), min(labels, len(right) // 2), draws)
     history, texts, embedded = history or History.load(), list(map(_text_hash, labelled)), Groundedness.load()
     judge = judge if judge is not None else embedded

@@ -214,7 +214,7 @@ def test_files_that_cannot_be_measured_are_refused(labelled: Path, tmp_path: Pat
     with pytest.raises(LabelsError, match="both kinds"):
         bench_judge(one)
     one.write_text(json.dumps({"id": 1, "reference": "r", "sentences": ["a", "b"], "labels": [1, 0]}) + "\n")
-    with pytest.raises(BadInputError, match="cannot be drawn"):
+    with pytest.raises(LabelsError, match="too few"):
         bench_judge(one)
 
 
