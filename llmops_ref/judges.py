@@ -474,8 +474,11 @@ def _agreement_figures(right: np.ndarray, values: Sequence[Value], clusters: Seq
         hits: list[Value] = [verdict if isinstance(verdict := said[place], Failure) else float(verdict == label) for place in places]
         return score(hits, clusters=[clusters[place] for place in places], level=level)
 
+    scored = {value for value in values if not isinstance(value, Failure)}
     try:
         ranking = auroc(right, values, clusters, level=level)
+        if len(scored) == 1:    # a constant ranks nothing, whatever the sample
+            ranking = replace(ranking, ci_low=0.5, ci_high=0.5, method="all scores are equal")
     except BadInputError:    # the judge gave no score to one of the two kinds
         ranking = Score(math.nan, -math.inf, math.inf, len(kept), None, len(missing), "no scored claims of one kind", dict(Counter(item.kind for item in missing)), None, level)
     lost = score([float(isinstance(verdict, Failure)) for verdict in said], clusters=clusters, level=level)
@@ -666,7 +669,7 @@ def corrected_rate(
     *,
     card: JudgeCard | None = None,                       # of the judge
     judge: Judge | JudgeIdentity | None = None,          # where given, the card must be about it
-    clusters: Mapping[str, str] | None = None,           # of every row
+    clusters: Mapping[str, str] | None = None,           # of every row; they count for more rows like these
     population: Literal["more like these", "these"] = "more like these",    # what the rate is of: where the rows came from, or these rows
     level: float = 0.95,
 ) -> CorrectedScore:
@@ -683,7 +686,7 @@ def corrected_rate(
     if unknown or len(few) < 4 or len(rest) < 2:
         raise LabelsError(f"{len(unknown)} labels are of rows that the run does not have." if unknown else f"{len(few)} of {len(values)} rows are labelled.",
                           "Label at least 4 rows of this run, chosen at random, and leave at least 2.")
-    truth, owners = [float(labels[id]) for id in few], [None if clusters is None else [clusters[id] for id in some] for some in (few, rest)]
+    truth, owners = [float(labels[id]) for id in few], [None if clusters is None or population == "these" else [clusters[id] for id in some] for some in (few, rest)]
     return ppi_mean(truth, [values[id] for id in few], [values[id] for id in rest], clusters=owners[0], unlabelled_clusters=owners[1],
                     population=population, level=level)
 

@@ -101,7 +101,7 @@ def test_a_judge_that_says_yes_to_everything_has_no_kappa_and_never_passes() -> 
     for answer in (1.0, 0.0, 0.5):
         judge = Rule(lambda claim, answer=answer: answer)
         card = calibrate(judge, claims(), today=TODAY)
-        assert card.kappa.estimate == card.kappa.ci_low == card.kappa.ci_high == 0.0
+        assert card.kappa.estimate == card.kappa.ci_low == card.kappa.ci_high == 0.0 and card.auroc.ci_low == card.auroc.ci_high == 0.5
         assert any("chance" in reason for reason in card.problems(judge, min_kappa=-1.0, today=TODAY))
     assert calibrate(Rule(lambda claim: 1.0), claims()).sensitivity.estimate == 1.0
 
