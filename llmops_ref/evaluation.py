@@ -48,11 +48,22 @@ from llmops_ref.evaluation_data import (
 )
 from .groundedness import Groundedness
 from .judge_bench import JudgeBench, bench_judge
-from .judges import ChatJudge, JudgeCard, JudgeCardError, JudgeIdentity, LabellingWidget, calibrate, identity
+from llmops_ref.judges import (
+    ChatJudge,
+    JudgeCard,
+    JudgeCardError,
+    JudgeIdentity,
+    LabellingWidget,
+    agreement,
+    calibrate,
+    corrected_rate,
+    identity,
+    prefer,
+)
 from .metrics import METRICS, LangChainJudge, Metric, RagasEmbeddings, as_judge, as_metric, load_metrics, measure
 from .release_gate import Check, Gate, GateFileError, GateResult, JudgeRule
 from .reports import write_report
-from .scores import Comparison, Failure, Score, Value, compare, compare_all, score
+from .scores import Comparison, Failure, Score, Value, compare, compare_all, comparison_table, power_of, rows_needed, score
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
@@ -65,18 +76,19 @@ __all__ = ['DEFAULT_METRICS', 'CAUSES', 'PERSONAS', 'MetricInfo', 'evaluate', 'E
            'Slices', 'WorstRow', 'WorstRows', 'Attribution', 'NoTestsetError', 'generate_testset', 'Claim',
            'DatasetFormatError', 'EvaluationDataset', 'EvaluationRow', 'Judge', 'LabelledClaim', 'RowError',
            'RunFileError', 'RunLockedError', 'load_labelled', 'run_rag', 'Comparison', 'Failure', 'Score', 'Value',
-           'compare', 'compare_all', 'score', 'CorrectedScore', 'label_curve', 'labels_needed', 'ppi_mean',
-           'rogan_gladen', 'Groundedness', 'ChatJudge', 'JudgeBench', 'bench_judge', 'JudgeCard', 'JudgeCardError',
-           'JudgeIdentity', 'LabellingWidget', 'calibrate', 'identity', 'METRICS', 'LangChainJudge', 'Metric',
-           'as_judge', 'as_metric', 'load_metrics', 'measure', 'Check', 'Gate', 'GateFileError', 'GateResult',
-           'JudgeRule', 'write_report']
+           'compare', 'compare_all', 'comparison_table', 'power_of', 'rows_needed', 'score', 'CorrectedScore',
+           'label_curve', 'labels_needed', 'ppi_mean', 'rogan_gladen', 'Groundedness', 'ChatJudge', 'JudgeBench',
+           'bench_judge', 'JudgeCard', 'JudgeCardError', 'JudgeIdentity', 'LabellingWidget', 'agreement', 'calibrate',
+           'corrected_rate', 'identity', 'prefer', 'METRICS', 'LangChainJudge', 'Metric', 'as_judge', 'as_metric',
+           'load_metrics', 'measure', 'Check', 'Gate', 'GateFileError', 'GateResult', 'JudgeRule', 'write_report']
 
 # %% ../nbs/evaluation.ipynb #10acf045
 _all_ = [
     "Claim", "DatasetFormatError", "EvaluationDataset", "EvaluationRow", "Judge", "LabelledClaim", "RowError", "RunFileError", "RunLockedError",
     "load_labelled", "run_rag",
-    "Comparison", "Failure", "Score", "Value", "compare", "compare_all", "score", "CorrectedScore", "label_curve", "labels_needed", "ppi_mean", "rogan_gladen",
-    "Groundedness", "ChatJudge", "JudgeBench", "bench_judge", "JudgeCard", "JudgeCardError", "JudgeIdentity", "LabellingWidget", "calibrate", "identity",
+    "Comparison", "Failure", "Score", "Value", "compare", "compare_all", "comparison_table", "power_of", "rows_needed", "score", "CorrectedScore", "label_curve", "labels_needed", "ppi_mean", "rogan_gladen",
+    "Groundedness", "ChatJudge", "JudgeBench", "bench_judge", "JudgeCard", "JudgeCardError", "JudgeIdentity", "LabellingWidget", "agreement", "calibrate",
+    "corrected_rate", "identity", "prefer",
     "METRICS", "LangChainJudge", "Metric", "as_judge", "as_metric", "load_metrics", "measure",
     "Check", "Gate", "GateFileError", "GateResult", "JudgeRule", "write_report",
 ]
@@ -629,7 +641,9 @@ def generate_testset(
 @contextlib.contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
     "Keep RAGAS from showing a bar and remarks for each of its steps, unless wanted."
-    logger, bars = logging.getLogger("ragas"), require("tqdm.auto", extra="evaluation").tqdm
+    from tqdm import auto
+
+    logger, bars = logging.getLogger("ragas"), auto.tqdm
     level, begin = logger.level, bars.__init__
     if progress:
         yield
