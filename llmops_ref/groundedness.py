@@ -277,7 +277,7 @@ def auroc(
     units = np.unique(groups[kept], return_inverse=True)[1]
     found = bootstrap_interval(lambda times: _ranked(right[kept], values[kept], times[:, units]), int(units.max()) + 1, draws, level=level)
     low, high = found.low, found.high
-    if low == high:    # a perfect ranking of few claims is no proof: Wilson's interval over the rarer class
+    if low == high and found.value in (0, 1):    # a perfect ranking of few claims is no proof: Wilson's interval over the rarer class
         sure = estimate(np.full(max(2, int(min(right[kept].sum(), (~right[kept]).sum()))), round(found.value)), level=level)
         low, high = min(found.value, sure.low), max(found.value, sure.high)
     failures: list[str] = [value.kind if isinstance(value, Failure) else "not_a_number" for value in np.array(scores, object)[~kept]]

@@ -366,3 +366,8 @@ def test_what_the_passages_explain_is_measured_by_likelihoods():
     with torch.inference_mode():
         wanted = 1 - surprise(f"{head} Cats purr loudly.\n\nSentence: ", "Cats purr.") / surprise(f"{head}\n\nSentence: ", "Cats purr.")
     assert found["explained"][0] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_constant_score_ranks_like_a_coin_and_nothing_is_added_to_that():
+    found = auroc([True, False] * 10, [0.7] * 20)
+    assert (found.ci_low, found.estimate, found.ci_high) == (0.5, 0.5, 0.5)
