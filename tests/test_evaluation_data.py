@@ -483,6 +483,7 @@ sys.path.insert(0, sys.argv[2])
 from fake_system import Fake, questions
 from llmops_ref.evaluation_data import run_rag
 rag = Fake(0.2)
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job inherits that it is ignored
 threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGINT)).start()
 try:
     run_rag(rag, questions(400), out=sys.argv[1], workers=2, progress=False)
