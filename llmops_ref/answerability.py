@@ -177,12 +177,13 @@ class Calibration:
             raise CalibrationError(f"The calibration cannot be read ({type(error).__name__}).", "Write it with `Calibration.save`.") from error
 
 # %% ../nbs/answerability.ipynb #4fdf0c5c
-def _newton(rows: np.ndarray, labels: np.ndarray, penalty: float) -> np.ndarray:
-    "Intercept and weights of a logistic regression with a quadratic penalty; both classes count the same."
+def _newton(rows: np.ndarray, labels: np.ndarray, penalty: float, importance: np.ndarray | None = None) -> np.ndarray:
+    "Intercept and weights of a logistic regression with a quadratic penalty; without an importance of each row, both classes count the same."
     design = np.column_stack([np.ones(len(rows)), rows])
     ridge = penalty * np.eye(design.shape[1])
     ridge[0, 0] = 1e-6
-    importance = np.where(labels, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
+    if importance is None:
+        importance = np.where(labels, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
     weights = np.zeros(design.shape[1])
     for _ in range(25):
         chance = 1 / (1 + np.exp(-design @ weights))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from .answerability import DEPTHS, TokenReader, _shared_reader
+from .answerability import DEPTHS, TokenReader, _newton, _shared_reader
 from .core import BadInputError, LlmopsRefError, atomic_path, require, sha256_file
 from .documents import Passage, sentences
 from .embeddings import MODEL_NAME
@@ -357,19 +357,6 @@ class GroundednessWeights:
             raise WeightsError(f"The weights cannot be read ({type(error).__name__}).", "Write them with `recalibrate`.") from error
 
 # %% ../nbs/groundedness.ipynb #9bd21f4e
-def _newton(rows: np.ndarray, labels: np.ndarray, importance: np.ndarray, penalty: float) -> np.ndarray:
-    "Intercept and weights of a logistic regression with a quadratic penalty, by Newton's method."
-    design = np.column_stack([np.ones(len(rows)), rows])
-    ridge = penalty * np.eye(design.shape[1])
-    ridge[0, 0] = 1e-6
-    weights = np.zeros(design.shape[1])
-    for _ in range(25):
-        chance = 1 / (1 + np.exp(-design @ weights))
-        slope = design.T @ (importance * (labels - chance)) - ridge @ weights
-        weights += np.linalg.solve((design * (importance * chance * (1 - chance))[:, None]).T @ design + ridge, slope)
-    return weights
-
-
 _SHARES = {"supported": 0.5, "unsupported": 0.4, "elsewhere": 0.1}    # of a set's weight
 
 
@@ -389,7 +376,7 @@ def _fit(rows: Sequence[Mapping[str, Any]], names: Sequence[str], penalty: float
         raise WeightsError(f"{labels.sum()} supported and {(~labels).sum()} unsupported claims are too few.", "Give at least 10 of each, better 100.")
     values = np.array([[row["signals"][name] for name in names] for row in rows])
     mean, scale = values.mean(0), values.std(0) + 1e-9
-    return mean, scale, _newton((values - mean) / scale, labels, _importance(rows), penalty)
+    return mean, scale, _newton((values - mean) / scale, labels, penalty, _importance(rows))
 
 
 def cross_validated(
