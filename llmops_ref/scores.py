@@ -256,10 +256,14 @@ def _mean_interval(
     units = rows if codes is None else int(codes.max(initial=-1)) + 1
     if rows == 0 or (units == 1 and (clustered or not binary)):
         return -math.inf, math.inf, "no interval: " + ("no values" if not rows else "one cluster" if clustered and rows > 1 else "one value"), None
+    largest = float(np.abs(numbers).max())
+    if not bounded and largest and not 1e-3 < largest < 1e50:    # cubes leave the range of floating-point numbers, and values are compared at 12 decimals
+        ends = _mean_interval(numbers / largest, codes, level, (math.inf, -math.inf))
+        return ends[0] * largest, ends[1] * largest, *ends[2:]
     mean, normal = float(numbers.mean()), NormalDist().inv_cdf((1 + level) / 2)
     if binary and not clustered:
         return *wilson_bounds(mean, rows, normal), "Wilson", float(rows)
-    if np.ptp(numbers) <= 1e-12 * max(abs(mean), 1e-300):    # nothing but this value has been seen
+    if np.ptp(numbers) <= 1e-12 * (high - low if bounded else abs(mean)):    # nothing but this value has been seen
         unseen = wilson_bounds(0.0, units, normal)[1]
         if not bounded:
             return -math.inf, math.inf, "no interval: all values are equal", None

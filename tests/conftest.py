@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from guard import install
+
+settings.register_profile("same", derandomize=True, deadline=None, database=None)    # a green run does not hang on luck
+settings.register_profile("search", deadline=None, max_examples=1000)                # HYPOTHESIS_PROFILE=search looks for new cases
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

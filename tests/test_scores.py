@@ -426,3 +426,20 @@ def test_a_margin_next_to_nothing_needs_more_rows_than_there_are(tiny):
         assert found.n_needed is None and found.verdict == "inconclusive"
     with pytest.raises(BadInputError, match="large enough"):
         rows_needed(tiny, 10.0)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-126, 1e-9, 1e45, 1e60])
+@pytest.mark.parametrize("clustered", [False, True])
+def test_the_interval_moves_with_the_unit_however_small_or_large(scale: float, clustered: bool) -> None:
+    values = [-3.0, -1.0, 0.5, 2.0, 2.5, 4.0, 7.0, 9.0, -2.0, 1.0, 12.0, 3.5]
+    groups = [row // 2 for row in range(len(values))] if clustered else None
+    plain, scaled = score(values, clusters=groups), score([value * scale for value in values], clusters=groups)
+    assert scaled.method == plain.method
+    assert [end / scale for end in (scaled.ci_low, scaled.ci_high)] == pytest.approx([plain.ci_low, plain.ci_high], rel=1e-6)
+
+
+@given(st.lists(st.one_of(st.just(0.0), st.floats(0, 1e-100)), min_size=2, max_size=30))
+def test_shares_that_differ_by_less_than_a_number_can_show_count_as_equal(values: list[float]) -> None:
+    found = score(values)
+    assert 0.0 <= found.ci_low <= found.estimate <= found.ci_high <= 1.0
+    assert found.ci_high > 0.01, "equal values say little of the values not seen"
