@@ -24,6 +24,7 @@ REPEATABLE = {    # the same answers and outputs on every machine
     "OMP_NUM_THREADS": "1",    # of PyTorch and numpy: two workers with two threads each wait for each other
     "PYTHONWARNINGS": "ignore:IProgress not found",    # tqdm, where ipywidgets is not installed
 }
+FEWER = {"QUESTIONS": "4", "ROUNDS": "2", "TOPICS": "2", "TOKENS": "4"}    # of cells that measure: their outputs are not compared, so fewer prove as much
 NOT_EVALUATED = re.compile(r"^#\|\s*eval:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -31,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     "Install the network guard and pin what the engine would choose by trial: kernels inherit both."
     install(config)
     os.environ.update(REPEATABLE)
-    os.environ.setdefault("QUESTIONS", "4")    # of the quantization chapter: its outputs are measured, so fewer prove as much
+    for name, value in FEWER.items():
+        os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
