@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import os
@@ -15,7 +16,8 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
@@ -25,6 +27,7 @@ from . import __version__
 from .core import BadInputError, LlmopsRefError, cache_dir, disable_telemetry
 
 if TYPE_CHECKING:
+    from llmops_ref.caching import AnswerCache
     from llmops_ref.evaluation import Evaluation
     from llmops_ref.judges import JudgeCard
     from llmops_ref.knowledge_base import IngestReport, VectorServer
@@ -513,6 +516,100 @@ def _bench_coverage(arguments: argparse.Namespace) -> int:
     print(_as_json(bench) if arguments.json else bench._repr_markdown_())
     return 0
 
+# %% ../nbs/cli.ipynb #c70b3c95
+def _moment(text: str | None) -> float | None:
+    "Seconds since 1970 of a date or a moment as ISO 8601 has it; UTC where it says nothing."
+    if text is None:
+        return None
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise BadInputError(f"{text!r} is no date or moment.", "Write it like 2026-11-22 or 2026-11-22T14:30.") from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _cache_key() -> bytes | None:
+    "The encryption key of the cache, from `$LLMOPS_REF_CACHE_KEY`."
+    text = os.environ.get("LLMOPS_REF_CACHE_KEY")
+    try:
+        return bytes.fromhex(text) if text else None
+    except ValueError as error:
+        raise BadInputError("LLMOPS_REF_CACHE_KEY is not hexadecimal.", "Set it to the key's bytes, two digits each.") from error
+
+
+@contextlib.contextmanager
+def _opened_cache(arguments: argparse.Namespace, *, must_be_there: bool = True, **options: Any) -> Iterator[tuple[AnswerCache, list[str]]]:
+    "The cache in the folder of `--path`, and what went wrong with its files; told on standard error, one line each."
+    from llmops_ref.cache_files import CacheDegradedWarning
+    from llmops_ref.caching import EXACT_FILE, LEDGER_FILE, SEMANTIC_FILE, AnswerCache
+
+    folder, troubles = Path(arguments.path), list[str]()
+    if must_be_there and not any((folder / name).is_file() for name in (EXACT_FILE, SEMANTIC_FILE, LEDGER_FILE)):
+        raise BadInputError(f"There is no cache in {folder}.", "Name the folder that AnswerCache.open was given.")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CacheDegradedWarning)
+        with AnswerCache.open(folder, gate=None, encryption_key=_cache_key(), **options) as cache:
+            yield cache, troubles
+            troubles += cache.troubles()
+    for text in dict.fromkeys([*(str(item.message) for item in caught if item.category is CacheDegradedWarning), *troubles]):
+        print(f"llmops-ref: {text}", file=sys.stderr)
+
+
+def _cache_stats(arguments: argparse.Namespace) -> int:
+    with _opened_cache(arguments) as (cache, _):
+        overview = cache.stats(arguments.by, _moment(arguments.since))
+    print(_as_json(overview) if arguments.json else overview)
+    return 0
+
+
+def _cache_invalidate(arguments: argparse.Namespace) -> int:
+    chosen = {name: getattr(arguments, name) for name in ("tenant", "model", "prompt", "document", "tag")} | {"before": _moment(arguments.before)}
+    named = any(value is not None for value in chosen.values())
+    if named == arguments.all:
+        raise BadInputError("Say what to invalidate.", "Give one or more of --tenant, --model, --prompt, --document, --tag and --before; or --all alone.")
+    with _opened_cache(arguments) as (cache, troubles):
+        gone = cache.clear() if arguments.all else cache.invalidate(**chosen)
+    print(json.dumps({"invalidated": gone, "troubles": troubles}) if arguments.json else f"{gone} entries invalidated")
+    return 1 if troubles else 0
+
+
+def _cache_calibrate(arguments: argparse.Namespace) -> int:
+    pairs = resources.files("llmops_ref") / "data" / "paraphrases.jsonl" if arguments.pairs == "handbook" else Path(arguments.pairs)
+    if not pairs.is_file():
+        raise BadInputError(f"There is no file {pairs}.", "Name a JSONL file of labelled pairs, or handbook for the shipped ones.")
+    options = {"embeddings": _embeddings(arguments.embeddings) or "embedded", "max_wrong_hit_rate": arguments.budget, "domain": arguments.domain}
+    with _opened_cache(arguments, must_be_there=False, **options) as (cache, troubles), resources.as_file(pairs) as file:
+        report = cache.semantic.calibrate(file) if cache.semantic else None
+    print(_as_json(report) if arguments.json else report._repr_markdown_() if report else "")
+    return 1 if troubles or report is None else 0 if report.serves else 4
+
+
+def _cache_export(arguments: argparse.Namespace) -> int:
+    file = Path(arguments.out)
+    if file.suffix not in (".jsonl", ".csv", ".json"):
+        raise BadInputError(f"{file.name} says nothing of what to export.", "Name a file that ends in .jsonl for the answers, in .csv or .json for the ledger.")
+    with _opened_cache(arguments) as (cache, troubles):
+        if file.suffix == ".jsonl":
+            written = cache.export(file)
+        else:
+            summary = cache.stats(arguments.by).ledger
+            written = {file.name: len(summary.rows) if summary else 0}
+            if summary:
+                summary.save(file)
+    print(json.dumps(written) if arguments.json else "\n".join(f"{count} entries in {name}" for name, count in written.items()))
+    return 1 if troubles else 0
+
+
+def _bench_caching(arguments: argparse.Namespace) -> int:
+    from llmops_ref.caching_bench import bench_caching
+
+    bench = bench_caching(
+        arguments.out, parts=arguments.parts, pairs=arguments.pairs, peers=arguments.peers or bool(arguments.peers_python),
+        peers_python=arguments.peers_python, seeds=arguments.seeds, again=arguments.again, progress=not arguments.json,
+    )
+    print(_as_json(bench) if arguments.json else bench.text())
+    return 0
+
 # %% ../nbs/cli.ipynb #b43fc256
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmops-ref", description="Ask your documents, offline, with citations.")
@@ -546,7 +643,40 @@ def _parser() -> argparse.ArgumentParser:
     _add_retrieval_bench(benches, command)
     _add_evaluation(commands, command, benches)
     _add_index(commands, command)
+    _add_cache(commands, command, benches)
     return parser
+
+
+def _add_cache(commands: Any, command: Any, benches: Any) -> None:
+    "The commands `cache stats`, `invalidate`, `calibrate` and `export`, and `bench caching`."
+    text = "what a cache saved and got wrong; take answers back, calibrate it, read it out"
+    group = commands.add_parser("cache", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    stats = command("stats", _cache_stats, "entries, hit rates and savings", group)
+    stats.add_argument("--since", metavar="DATE", help="count from this day or moment on; UTC where it says nothing")
+    invalidate = command("invalidate", _cache_invalidate, "remove the answers that match all that is given, for every process", group)
+    for name, what in (("tenant", "of this tenant"), ("model", "of this model"), ("prompt", "of this version of the prompt"), ("document", "that rest on this document"), ("tag", "with this tag")):
+        invalidate.add_argument(f"--{name}", metavar=name.upper(), help=what)
+    invalidate.add_argument("--before", metavar="DATE", help="stored before this day or moment; UTC where it says nothing")
+    invalidate.add_argument("--all", action="store_true", help="everything, and nothing else beside this")
+    calibrate = command("calibrate", _cache_calibrate, "find the threshold that keeps wrong hits within the budget; exit code 4: there is none, the cache serves nothing by meaning", group)
+    calibrate.add_argument("pairs", metavar="PAIRS", help="JSONL of labelled pairs: a, b, same; or handbook")
+    calibrate.add_argument("--embeddings", metavar="SPEC", help="provider:model; default: embedded")
+    calibrate.add_argument("--budget", type=float, metavar="SHARE", help="of hits that may be wrong; default: as the cache was opened before, else 0.01")
+    calibrate.add_argument("--domain", metavar="NAME", help="what the pairs are about; default: as the cache was opened before")
+    export = command("export", _cache_export, "write the answers (.jsonl), or what the ledger counted (.csv, .json)", group)
+    export.add_argument("--out", required=True, metavar="FILE", help="replaced in one step")
+    for sub in (stats, invalidate, calibrate, export):
+        sub.add_argument("--path", required=True, metavar="DIR", help="the folder that AnswerCache.open was given")
+    for sub in (stats, export):
+        sub.add_argument("--by", choices=("tenant", "model", "day", "kind"), default="tenant", help="rows of the ledger's table; default: tenant")
+    bench = command("caching", _bench_caching, "speed of caches, and how often each serves a wrong answer; part by part", benches)
+    bench.add_argument("--out", default="caching-results", metavar="DIR", help="results; parts that are there are not measured again")
+    bench.add_argument("--parts", nargs="+", metavar="NAME", help="such as exact, misses, hit-rates, scale, replay; default: all")
+    bench.add_argument("--pairs", nargs="+", default=(), metavar="FILE", help="labelled pairs (JSONL) besides the handbook's, which alone are too few to prove 1%%")
+    bench.add_argument("--seeds", type=int, default=5, metavar="N", help="replays with other random draws; default: 5")
+    bench.add_argument("--peers", action="store_true", help="also GPTCache, in an environment of its own that this makes")
+    bench.add_argument("--peers-python", metavar="PYTHON", help="also GPTCache, by an interpreter that has it")
+    bench.add_argument("--again", action="store_true", help="measure again what is there")
 
 
 def _add_index(commands: Any, command: Any) -> None:

@@ -933,3 +933,124 @@ def test_the_benches_of_evaluation_hand_on_their_settings_and_print_or_write_jso
     assert capsys.readouterr().out == "| found |\n"
     assert calls[0] == (("labelled.jsonl",), {"judge": None, "labels": 50, "out": "out.json"})
     assert calls[1][0] == (7,) and calls[1][1]["out"] is None
+
+
+# Caches
+
+
+def answered(folder: Path, **options: Any) -> Path:
+    "A cache that answered two tenants, one of them twice."
+    from llmops_ref.caching import AnswerCache, Response
+
+    with AnswerCache.open(folder, gate=None, **options) as cache:
+        for tenant, document in (("acme", "fees.md"), ("acme", "fees.md"), ("zenith", "cards.md")):
+            cache.answer(QUESTION, lambda _, document=document: Response("£18", documents=(document,)), scope=tenant)
+    return folder
+
+
+def test_cache_stats_for_people_and_programs(tmp_path, capsys):
+    folder = answered(tmp_path / "answers")
+    assert main(["cache", "stats", "--path", str(folder), "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert stats["exact"]["entries"] == 2 and {row["name"]: row["hits"] for row in stats["ledger"]["rows"]} == {"acme": 1, "zenith": 0}
+    assert main(["cache", "stats", "--path", str(folder), "--by", "kind", "--since", "2000-01-01"]) == 0
+    out = capsys.readouterr().out
+    assert "exact" in out and "2 entries" in out and "since 2000-01-01" in out
+    assert main(["cache", "stats", "--path", str(folder), "--since", "2100-01-01T00:00+02:00", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ledger"]["total"]["requests"] == 0
+
+
+@pytest.mark.parametrize(("chosen", "gone"), [
+    (["--tenant", "acme"], 1), (["--document", "cards.md"], 1), (["--tenant", "acme", "--document", "cards.md"], 0), (["--tag", "x"], 0), (["--model", "m"], 0),
+    (["--prompt", "v1"], 0), (["--before", "2100-01-01"], 2), (["--before", "2000-01-01"], 0), (["--all"], 2),
+])
+def test_cache_invalidate_removes_what_matches_and_nothing_else(tmp_path, capsys, chosen, gone):
+    folder = answered(tmp_path / "answers")
+    assert main(["cache", "invalidate", "--path", str(folder), *chosen, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"invalidated": gone, "troubles": []}
+    assert main(["cache", "stats", "--path", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"]["entries"] == 2 - gone
+
+
+def test_cache_export(tmp_path, capsys):
+    folder = answered(tmp_path / "answers")
+    assert main(["cache", "export", "--path", str(folder), "--out", str(tmp_path / "a.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a.jsonl": 2} and (tmp_path / "a.jsonl").read_text().count("£18") == 2
+    for name in ("saved.csv", "saved.json"):
+        assert main(["cache", "export", "--path", str(folder), "--out", str(tmp_path / name), "--by", "model"]) == 0
+        assert "total" in (tmp_path / name).read_text() and name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [
+    ["stats", "--path", "nowhere"], ["invalidate", "--path", "answers"], ["invalidate", "--path", "answers", "--all", "--tenant", "acme"],
+    ["invalidate", "--path", "answers", "--before", "yesterday"], ["invalidate", "--path", "nowhere", "--all"], ["stats", "--path", "answers", "--since", "now"],
+    ["export", "--path", "answers", "--out", "saved.xlsx"], ["calibrate", "absent.jsonl", "--path", "answers"], ["calibrate", "handbook", "--path", "answers", "--budget", "2"],
+])
+def test_cache_mistakes_exit_with_2_and_change_nothing(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    answered(tmp_path / "answers")
+    assert main(["cache", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("llmops-ref: ") and not (tmp_path / "nowhere").exists()
+    assert main(["cache", "stats", "--path", "answers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"]["entries"] == 2
+
+
+def test_an_encrypted_cache_needs_its_key_from_the_environment(tmp_path, monkeypatch, capsys):
+    key = bytes(range(32))
+    folder = answered(tmp_path / "answers", encryption_key=key)
+    assert main(["cache", "invalidate", "--path", str(folder), "--all"]) == 1    # nothing was invalidated, and that is said
+    assert "llmops-ref: " in capsys.readouterr().err
+    monkeypatch.setenv("LLMOPS_REF_CACHE_KEY", "no key")
+    assert main(["cache", "stats", "--path", str(folder)]) == 2
+    monkeypatch.setenv("LLMOPS_REF_CACHE_KEY", key.hex())
+    capsys.readouterr()
+    assert main(["cache", "invalidate", "--path", str(folder), "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["invalidated"] == 2
+
+
+def test_cache_calibrate_keeps_the_calibration_and_says_whether_it_serves(tmp_path, monkeypatch, capsys):
+    seen: list[Any] = []
+
+    class Report:
+        def __init__(self, serves: bool) -> None:
+            self.serves = serves
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"serves": self.serves}
+
+        def _repr_markdown_(self) -> str:
+            return "| report |"
+
+    from llmops_ref.semantic_cache import SemanticCache
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"a": "x", "b": "y", "same": true}\n')
+    for serves, code in ((True, 0), (False, 4)):
+        monkeypatch.setattr(SemanticCache, "calibrate", lambda self, given, serves=serves: seen.append((self.domain, self.max_wrong_hit_rate, Path(given).name)) or Report(serves))
+        assert main(["cache", "calibrate", str(pairs), "--path", str(tmp_path / "new"), "--budget", "0.05", "--domain", "d", "--json"]) == code
+        assert json.loads(capsys.readouterr().out) == {"serves": serves}
+    assert seen == [("d", 0.05, "pairs.jsonl")] * 2
+    assert main(["cache", "calibrate", "handbook", "--path", str(tmp_path / "new")]) == 4
+    assert capsys.readouterr().out == "| report |\n" and seen[-1] == ("d", 0.05, "paraphrases.jsonl")    # as it was opened before
+
+
+def test_bench_caching_hands_on_its_settings(monkeypatch, capsys):
+    from llmops_ref import caching_bench
+
+    calls: list[Any] = []
+
+    class Found:
+        def to_dict(self) -> dict[str, Any]:
+            return {"found": 1}
+
+        def text(self) -> str:
+            return "found"
+
+    monkeypatch.setattr(caching_bench, "bench_caching", lambda *arguments, **options: calls.append((arguments, options)) or Found())
+    assert main(["bench", "caching", "--out", "results", "--peers", "--parts", "exact", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"found": 1}
+    assert main(["bench", "caching", "--pairs", "a.jsonl", "b.jsonl", "--seeds", "3", "--peers-python", "python3"]) == 0 and capsys.readouterr().out == "found\n"
+    shared = {"pairs": (), "peers_python": None, "seeds": 5, "again": False}
+    assert calls[0] == (("results",), shared | {"parts": ["exact"], "peers": True, "progress": False})
+    given = {"pairs": ["a.jsonl", "b.jsonl"], "peers_python": "python3", "seeds": 3}
+    assert calls[1] == (("caching-results",), shared | given | {"parts": None, "peers": True, "progress": True})
