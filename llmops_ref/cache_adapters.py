@@ -266,9 +266,9 @@ class _VectorFile:
             if pages - free + size // self._file.page + 8 <= self._file.pages:
                 return
             start = secrets.randbits(62)
-            link.execute("DELETE FROM vectors WHERE entry IN (SELECT entry FROM vectors WHERE entry >= ? LIMIT 64)", (start,))
+            link.execute("DELETE FROM vectors WHERE entry IN (SELECT entry FROM vectors WHERE entry >= ? LIMIT 16)", (start,))
             if not link.execute("SELECT changes()").fetchone()[0]:
-                link.execute("DELETE FROM vectors WHERE entry IN (SELECT entry FROM vectors LIMIT 64)")
+                link.execute("DELETE FROM vectors WHERE entry IN (SELECT entry FROM vectors LIMIT 16)")
 
     def remove(self, digests: Sequence[str]) -> int:
         "Delete; how many there were. Raises `CacheUnavailableError` where it cannot be done."
