@@ -32,7 +32,7 @@ from langchain_core.outputs import ChatGeneration, Generation
 
 from .cache_files import CacheDegradedWarning, CacheFile, FileUnavailable, Vault
 from .core import BadInputError, LlmopsRefError, require
-from .exact_cache import JSON, CacheHit, CacheKey, CacheStats, Response, ResponseCache, Scope
+from .exact_cache import JSON, CacheHit, CacheKey, CacheStats, Response, ResponseCache, Scope, _tags_of, _wanted
 from .single_flight import SingleFlight, is_complete
 
 T = TypeVar("T")
@@ -628,11 +628,8 @@ class RedisCache:
         "Store an answer; False where it was invalidated meanwhile, or Redis does not take it."
         if not isinstance(response, Response):
             raise BadInputError(f"{type(response).__name__} cannot be stored.", "Pass a Response.")
-        if isinstance(tags, str) or not all(isinstance(tag, str) and tag for tag in tags):
-            raise BadInputError("tags=... is not a collection of names.", 'Pass for example tags=["campaign:spring"].')
         milliseconds = self._ttl if ttl is None else _milliseconds(ttl)
-        own = [f"document:{document}" for document in response.documents] + ([f"model:{response.model}"] if response.model else [])
-        names = sorted({self._tag(tag) for tag in {*key.scope.tags, *own, *tags}})
+        names = sorted({self._tag(tag) for tag in _tags_of(key, response, tags)})
         number, body = self._number(key), _body(key.digest, response.to_dict())
         arguments = (f"{number:016x}", self._vault.seal(body, number), milliseconds, " ".join(["all", *names]), ticket or "")
         stored = self._guard.ask(lambda: self._run("put", *arguments), 0) == 1
@@ -650,11 +647,8 @@ class RedisCache:
         before: float | None = None,    # ... and stored before this time (seconds since 1970, of the Redis server's clock)
     ) -> int:
         "Remove the entries that match all that is given; how many. Raises `CacheUnavailableError` where Redis does not do it."
-        named = {"tenant": tenant, "model": model, "prompt": prompt, "document": document}
-        tags = [f"{name}:{value}" for name, value in named.items() if value is not None] + ([tag] if tag is not None else [])
-        if not tags and before is None:
-            raise BadInputError("invalidate() was told nothing to look for.", "Name a tenant, model, prompt, document, tag or time, or call clear().")
-        if before is not None and not -math.inf < before < math.inf:
+        tags = _wanted(tenant, model, prompt, document, tag, before)
+        if before is not None and math.isinf(before):    # no number of milliseconds, which Redis' scripts count
             raise BadInputError(f"before={before!r} is not a time.", "Pass seconds since 1970, for example time.time() - 3600.")
         return self._invalidate([self._tag(one) for one in tags] or ["all"], "-" if before is None else str(int(1000 * before)))
 

@@ -842,8 +842,7 @@ class _Writing(_Reading):
         if not isinstance(key, CacheKey) or not isinstance(response, Response):
             raise BadInputError(f"{type(key).__name__} and {type(response).__name__} cannot be stored.", "Pass a CacheKey and a Response.")
         ttl = self.ttl if _checked_ttl(ttl) is None else ttl
-        own = {f"model:{response.model}"} if response.model else set()
-        named = _tag_set(tags) | key.scope.tags | {f"document:{document}" for document in response.documents} | own
+        named = _tags_of(key, response, tags)
         with contextlib.suppress(FileUnavailable):
             self._now()
         created = self._clock.held()
@@ -903,6 +902,25 @@ def _tag_set(tags: Collection[str]) -> frozenset[str]:
     return frozenset(tags)
 
 
+def _tags_of(key: CacheKey, response: Response, tags: Collection[str]) -> frozenset[str]:
+    "All that an entry can be invalidated by: the caller's names, its scope, its documents and the model that answered."
+    model = {f"model:{response.model}"} if response.model else set()
+    return _tag_set(tags) | key.scope.tags | {f"document:{document}" for document in response.documents} | model
+
+
+def _wanted(
+    tenant: str | None, model: str | None, prompt: str | None, document: str | None, tag: str | None, before: float | None,
+) -> list[str]:
+    "The tags that an invalidation asks for. Raises `BadInputError` where it asks for nothing, or before no time."
+    named = {"tenant": tenant, "model": model, "prompt": prompt, "document": document}
+    tags = [f"{name}:{value}" for name, value in named.items() if value is not None] + ([] if tag is None else [tag])
+    if before is not None and (isinstance(before, bool) or not isinstance(before, (int, float)) or math.isnan(before)):
+        raise BadInputError(f"before={before!r} is not a time.", "Pass seconds since 1970, for example time.time() - 3600.")
+    if not _tag_set(tags) and before is None:
+        raise BadInputError("invalidate() was told nothing to look for.", "Name a tenant, model, prompt, document, tag or time, or call clear().")
+    return tags
+
+
 def _ticket(ticket: str) -> tuple[bytes, int]:
     "The parts of a ticket. Raises `BadInputError` where `begin` did not make it."
     try:
@@ -949,12 +967,7 @@ class ExactCache(_Writing):
         before: float | None = None,    # ... and stored before this time (seconds since 1970)
     ) -> int:
         "Remove the entries that match all that is given; how many. No process serves one of them afterwards."
-        named = {"tenant": tenant, "model": model, "prompt": prompt, "document": document}
-        tags = [f"{name}:{value}" for name, value in named.items() if value is not None] + ([] if tag is None else [tag])
-        if before is not None and (isinstance(before, bool) or not isinstance(before, (int, float)) or math.isnan(before)):
-            raise BadInputError(f"before={before!r} is not a time.", "Pass seconds since 1970, for example time.time() - 3600.")
-        if not _tag_set(tags) and before is None:
-            raise BadInputError("invalidate() was told nothing to look for.", "Name a tenant, model, prompt, document, tag or time, or call clear().")
+        tags = _wanted(tenant, model, prompt, document, tag, before)
         return self._invalidate(self._tag_names(tags), math.inf if before is None else float(before))
 
     def clear(self) -> None:
