@@ -15,7 +15,7 @@ settings = parser["DEFAULT"]
 extras = {
     key.removesuffix(SUFFIX): value.split() for key, value in settings.items() if key.endswith(SUFFIX)
 }
-extras["all"] = sorted({spec for name, specs in extras.items() if name not in ("dev", "peers") for spec in specs})
+extras["all"] = sorted({spec for name, specs in extras.items() if name not in ("dev", "peers", "redteam") for spec in specs})
 
 readme = HERE / "README.md"
 setup(
