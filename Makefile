@@ -22,7 +22,7 @@ demo: $(DEMO_STAMP) ## set up, fetch the models, index the sample handbook, ask 
 
 test: $(STAMP) ## set up what is missing and run every test, chapters included
 	@$(BIN)/llmops-ref fetch-models
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval --nbval-current-env --nbval-sanitize-with .ci/nbval_sanitize.cfg tests nbs
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with .ci/nbval_sanitize.cfg nbs tests
 
 lab: $(STAMP) ## open JupyterLab at the index, on this machine only
 	@$(BIN)/jupyter lab --ip=127.0.0.1 nbs/index.ipynb

@@ -24,7 +24,7 @@ REPEATABLE = {    # the same answers and outputs on every machine
     "OMP_NUM_THREADS": "1",    # of PyTorch and numpy: two workers with two threads each wait for each other
     "PYTHONWARNINGS": "ignore:IProgress not found",    # tqdm, where ipywidgets is not installed
 }
-FEWER = {"QUESTIONS": "4", "ROUNDS": "2", "TOPICS": "2", "TOKENS": "4"}    # of cells that measure: their outputs are not compared, so fewer prove as much
+FEWER = {"QUESTIONS": "2", "ROUNDS": "2", "TOPICS": "2", "TOKENS": "4"}    # of cells that measure: their outputs are not compared, so fewer prove as much
 NOT_EVALUATED = re.compile(r"^#\|\s*eval:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
 
 

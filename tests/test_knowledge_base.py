@@ -276,7 +276,7 @@ def test_kill_nine_at_random_moments_loses_and_doubles_nothing(tmp_path, monkeyp
     monkeypatch.setattr(module, "_COMPACT_AFTER", 60)
     folder, index = write_docs(tmp_path / "docs", 120, words=1500), tmp_path / "index"
     dice, killed = random.Random(7), 0
-    for attempt in range(9):
+    for attempt in range(6):
         for number in dice.sample(range(120), 25):    # also updates, so that old and new versions meet
             write_docs(tmp_path / "fresh", 1, words=1500, seed=1000 * attempt + number)
             (folder / f"doc{number:03d}.md").write_text((tmp_path / "fresh" / "doc000.md").read_text())
@@ -293,7 +293,7 @@ def test_kill_nine_at_random_moments_loses_and_doubles_nothing(tmp_path, monkeyp
             assert all(len({text for _, text in spans}) == len({start for start, _ in spans}) for spans in seen.values())
         except EmptyIndexError:
             pass
-    assert killed >= 6, "the ingests ended before the kill came: no crash was tested"
+    assert killed >= 4, "the ingests ended before the kill came: no crash was tested"
     base = KnowledgeBase.open(index, HashEmbeddings())
     base.ingest(folder, progress=False)
     check_index(base, folder)

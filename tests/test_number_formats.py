@@ -162,11 +162,11 @@ def test_double_quantization_of_any_number_of_blocks(blocks: int) -> None:
 
 
 @pytest.mark.slow
-def test_every_linear_layer_of_the_embedded_model() -> None:
+def test_linear_layers_of_the_embedded_model() -> None:
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(embedded_as_transformers() / "model.safetensors", framework="pt") as file:
         layers = [name for name in file.keys() if name.endswith("_proj.weight")]    # noqa: SIM118 - no mapping
-        for name in layers:
+        for name in layers[::3]:    # of each of the seven kinds, at ten depths
             weights = file.get_tensor(name)
             for scheme in ("int8", "fp4", "nf4-double"):
                 agree(quantize(weights.numpy(), scheme), weights)
