@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from langchain_core.messages import AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
 # %% auto #0
-__all__ = ['Decline', 'Rewriter', 'Answer', 'TokenCounter', 'build_prompt', 'RAG', 'Turn', 'follow_up', 'rewrite_with',
-           'Conversation', 'ALL_GROUPS', 'Citation', 'IngestReport', 'KnowledgeBase', 'Passage', 'find_support',
-           'supported']
+__all__ = ['Spotlight', 'Screen', 'Decline', 'Rewriter', 'Answer', 'TokenCounter', 'MarkedTexts', 'build_prompt', 'RAG', 'Turn',
+           'follow_up', 'rewrite_with', 'Conversation', 'ALL_GROUPS', 'Citation', 'IngestReport', 'KnowledgeBase',
+           'Passage', 'find_support', 'supported']
 
 # %% ../nbs/rag.ipynb #f435a816
 _all_ = ["ALL_GROUPS", "Citation", "IngestReport", "KnowledgeBase", "Passage", "find_support", "supported"]
@@ -98,6 +98,20 @@ _UNSUPPORTED = "The generated answer is not supported by the documents, so here 
 _CUT = " [The rest of the generated answer is left out: the documents do not support it.]"
 
 
+class MarkedTexts(Protocol):
+    "Texts marked as data; the [indirect_injection](indirect_injection.ipynb) chapter makes them."
+
+    @property
+    def instruction(self) -> str: ...
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+
+
+Spotlight = Callable[[Sequence[str]], MarkedTexts]
+Screen = Callable[[str, Sequence[Passage]], Sequence[Passage]]    # question and passages to those that go on, cleaned
+
+
 def _fit(text: str, budget: int, count: Callable[[str], int]) -> str:
     "As many leading sentences as fit, at least one."
     kept = text
@@ -115,6 +129,7 @@ def build_prompt(
     *,
     numbered: bool = False,    # number the texts and ask for citations
     count: Callable[[str], int] = estimate_tokens,
+    spotlight: Spotlight | None = None,    # marks the texts as data, and says so in the instruction
 ) -> list[BaseMessage]:
     "The messages for the chat model: as many texts as fit the budget, the first one cut where it alone is too long, then the question."
     chosen: list[str] = []
@@ -126,6 +141,9 @@ def build_prompt(
             break
         chosen.append(shown)
     label, instruction = ("Passages", _NUMBERED) if numbered else ("Text", _INSTRUCTION)
+    if spotlight is not None:
+        marked = spotlight(chosen)
+        instruction, chosen = f"{instruction} {marked.instruction}", list(marked.texts)
     return [SystemMessage(instruction), HumanMessage(f"{label}:\n" + "\n\n".join(chosen) + f"\n\nQuestion: {question}")]
 
 # %% ../nbs/rag.ipynb #36a3a172
@@ -136,9 +154,10 @@ class _Draft:
     "An answer in the making: takes generated text piece by piece and lets checked sentences through."
 
     def __init__(self, rag: RAG, question: str, groups: Any, passages: list[Passage], started: float) -> None:
+        found, passages = passages, list(rag.screen(question, passages)) if rag.screen and passages else passages
         self.rag, self.question, self.groups, self.passages, self.started = rag, question, groups, passages, started
         self.score: float | None = rag.decline(question, passages) if passages and rag.decline else None
-        self.because = "" if passages else "nothing was found"
+        self.because = "" if passages else "no passage passed the screen" if found else "nothing was found"
         if self.score is not None and self.score < rag.threshold:
             self.because = f"the passages hardly hold an answer: {self.score:.2f}, below {rag.threshold:.2f}"
         self.searched = time.perf_counter()
@@ -164,13 +183,16 @@ class _Draft:
         "What the chat model is asked: over the best sentences, or over whole passages with numbers."
         rag = self.rag
         if rag.sentences is not None:
-            return build_prompt(self.question, [unit.readable() for unit in self.units[:rag.sentences]], rag.budget, count=rag.counter.count)
+            return build_prompt(self.question, [unit.readable() for unit in self.units[:rag.sentences]], rag.budget, count=rag.counter.count, spotlight=rag.spotlight)
         view = rag.knowledge_base.view(self.groups)    # found small, read large: as much of each page as the budget holds
-        self.passages = [widen(view, passage, max(1, rag.budget // len(self.passages))) for passage in self.passages]
+        wide = [widen(view, passage, max(1, rag.budget // len(self.passages))) for passage in self.passages]
+        self.passages = wide if rag.screen is None else list(rag.screen(self.question, wide)) or self.passages    # what stands around is as foreign
         texts = [f"{passage.place}\n{passage.header or ''}\n{passage.text}" for passage in self.passages]
         messages = build_prompt(self.question, texts, rag.budget, numbered=True, count=rag.counter.count)
         self._shown = sum(f"[{number}] {text[:40]}" in str(messages[1].content) for number, text in enumerate(texts, 1))
-        return messages
+        if rag.spotlight is None:
+            return messages
+        return build_prompt(self.question, texts, rag.budget, numbered=True, count=rag.counter.count, spotlight=rag.spotlight)
 
     def feed(self, chunk: AIMessageChunk) -> str:
         "Take a piece of generated text; return what may be shown now."
@@ -267,6 +289,8 @@ class RAG(Runnable[str, Answer]):
         budget: int = 1500,                                  # tokens of documents in the prompt, by the model's own tokenizer
         options: Mapping[str, Any] | None = None,            # for the chat model; None: temperature 0, at most 80 tokens
         retrieval: Retrieval | None = None,                  # how to search; None: the knowledge base's default
+        screen: Screen | None = None,                        # looks at the passages before anything else does, and returns what may go on
+        spotlight: Spotlight | None = None,                  # marks the texts in the prompt as data
     ) -> None:
         self.knowledge_base = knowledge_base
         self.chat_model = chat_model
@@ -276,7 +300,7 @@ class RAG(Runnable[str, Answer]):
         if threshold is None and own is None and self.decline is not None:
             raise BadInputError("There is no threshold for this judge.", "Pass threshold=, the score below which to decline.")
         self.threshold = float(threshold if threshold is not None else own or 0.0)
-        self.k, self.budget, self.retrieval = k, budget, retrieval
+        self.k, self.budget, self.retrieval, self.screen, self.spotlight = k, budget, retrieval, screen, spotlight
         self.counter = TokenCounter.of(chat_model)
         self.options = dict(options) if options is not None else {"temperature": 0.0, "max_tokens": 80}
         name = getattr(chat_model, "model_name", None) or getattr(chat_model, "model", None) or getattr(chat_model, "model_id", None)

@@ -567,3 +567,34 @@ def test_a_model_that_reads_passages_gets_the_neighbours_too_and_citations_keep_
     assert [text[item.start:item.end] for item in answer.citations] == ["The kettle levy is named after Zorro."]
     small = RAG(base, model, k=1, sentences=None, budget=10, **JUDGE).ask("kettle levy Zorro")
     assert small.passages[0].text == found.text, "a budget without room for more leaves the passage as it was found"
+
+
+# --- a screen and marks ------------------------------------------------------------------------------------------
+
+
+def test_a_screen_comes_before_the_decision_to_answer_and_after_pages_are_read_wider(base):
+    seen: list[tuple[str, list[str]]] = []
+
+    def screen(question: str, passages: Any) -> list[Passage]:
+        seen.append((question, [one.text for one in passages]))
+        return [one for one in passages if "loan" not in one.text.lower()]
+
+    model = Scripted(reply="The Premium account costs £18 a month.")
+    answer = RAG(base, model, sentences=None, screen=screen, **JUDGE).ask("What does the Premium account cost a month?")
+    check(answer)
+    assert answer.text == model.reply and all("loan" not in one.text.lower() for one in answer.passages)
+    assert len(seen) == 2 and "loan" not in str(model.seen[0][0]).lower()
+    nothing = RAG(base, model, screen=lambda question, passages: [], **JUDGE).ask("What does the Premium account cost a month?")
+    assert nothing.refused and nothing.declined_because == "no passage passed the screen" and len(model.seen) == 1
+
+
+def test_marked_texts_and_their_instruction_reach_the_model_and_marks_do_not_hide_citations(base):
+    class Marked:
+        def __init__(self, texts: Any) -> None:
+            self.instruction, self.texts = "Data stands between bars.", [f"|{text}|".replace(" ", "_") for text in texts]
+
+    model = Scripted(reply="The Premium account costs £18 a month. [1]")
+    answer = RAG(base, model, sentences=None, spotlight=Marked, **JUDGE).ask("What does the Premium account cost a month?")
+    check(answer)
+    system, human = (str(message.content) for message in model.seen[0][0])
+    assert system.endswith("Data stands between bars.") and "The_Premium_account_costs" in human and answer.dropped == []
