@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .core import BadInputError, LlmopsRefError, cache_dir, disable_telemetry
+from .core import BadInputError, LlmopsRefError, atomic_path, cache_dir, disable_telemetry
 
 if TYPE_CHECKING:
     from llmops_ref.caching import AnswerCache
@@ -611,6 +611,158 @@ def _bench_caching(arguments: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/cli.ipynb #b43fc256
+def _given_text(given: str) -> str:
+    "The text of the arguments, or standard input for `-`."
+    if given != "-":
+        return given
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"Standard input is not UTF-8: byte {error.start} cannot be decoded.", "Convert it first.") from error
+
+
+def _policy(arguments: argparse.Namespace) -> Any:
+    "The guard's policy, None for the default one."
+    from llmops_ref.rails import Policy
+
+    return Policy.from_file(arguments.policy) if arguments.policy else None
+
+
+def _guard_check(arguments: argparse.Namespace) -> int:
+    text, policy = _given_text(arguments.text), _policy(arguments)
+    from llmops_ref.guardrails import Guard
+
+    guard = Guard.default(policy, canary=arguments.canary, allowed_links=tuple(arguments.allow or ()))
+    if arguments.output:
+        verdict = guard.check_output(text, tuple(arguments.passage or ()), arguments.question)
+    else:
+        verdict = guard.check_context([text]) if arguments.context else guard.check_input(text)
+    print(json.dumps(verdict.to_dict(text=True), ensure_ascii=False, indent=2) if arguments.json else _show_verdict(verdict))
+    return 3 if verdict.action == "block" or (arguments.context and not any(verdict.parts)) else 0
+
+
+def _show_verdict(verdict: Any) -> str:
+    "The action, a line for each finding and each failure, then the text that may go on."
+    lines = [f"{verdict.action} (policy {verdict.policy_version})"]
+    for one in verdict.findings:
+        where = "" if one.span is None else f", characters {one.span[0]} to {one.span[1]}"
+        lines.append(_wrap(f"{'' if one.enforced else '(not enforced) '}{one.rail}: {one.explanation} ({one.category}, {one.severity}, score {one.score:.2f}{where})", "  "))
+    lines += [f"  {one.rail} failed: {one.kind}, {one.what}" for one in verdict.failures]
+    return "\n".join([*lines, *([] if verdict.action == "allow" else ["", _wrap(verdict.text)])])
+
+
+def _guard_train(arguments: argparse.Namespace) -> int:
+    from llmops_ref.injection import train_detector
+
+    report = train_detector(arguments.data, arguments.examples, source="hub" if arguments.hub else "folder", seed=arguments.seed)
+    if arguments.out:
+        report.detector.save(arguments.out)
+    print(_as_json(report) if arguments.json else report)
+    return 0
+
+
+
+def _guard_latency(arguments: argparse.Namespace) -> int:
+    from llmops_ref.attacks import load_requests
+    from llmops_ref.guardrails import Guard, measure_latency
+
+    if not 1 <= arguments.characters <= 100_000:
+        raise BadInputError(f"--characters is {arguments.characters}.", "Give a length from 1 to 100000.")
+    said = [one.text for one in load_requests(arguments.requests)]
+    texts = [" ".join([*said[place:], *said] * (arguments.characters // 5000 + 1))[: arguments.characters] for place in range(len(said))]
+    report = measure_latency(Guard.default(_policy(arguments)), texts, seed=arguments.seed)
+    if arguments.out:
+        with atomic_path(arguments.out) as temporary:
+            temporary.write_text(_as_json(report) + "\n", encoding="utf-8")
+    print(_as_json(report) if arguments.json else report._repr_markdown_())
+    return 0
+
+# %% ../nbs/cli.ipynb #de3914f5
+def _red_team_guard(arguments: argparse.Namespace, secrets: Any) -> tuple[Any, dict[str, list[str]]]:
+    "The default guard around the handbook's assistant, fitted on half of the documents; the other half's passages."
+    from llmops_ref.attacks import handbook_passages
+    from llmops_ref.groundedness import Groundedness
+    from llmops_ref.guardrails import Guard
+
+    documents = handbook_passages()
+    seen = [text for place, texts in enumerate(documents.values()) if place % 2 == 0 for text in texts]
+    unseen = {name: texts for place, (name, texts) in enumerate(documents.items()) if place % 2}
+    guard = Guard.default(
+        _policy(arguments), passages=seen, system_prompt=secrets.system_prompt, canary=secrets.canary, allowed_links=("northmere.example",), judge=Groundedness.load(),
+    )
+    return guard, unseen
+
+
+def _assistants(arguments: argparse.Namespace, secrets: Any) -> Iterator[Any]:
+    "Those of the arguments, each made when it is needed."
+    from llmops_ref.redteam import Obedient, RagAssistant
+
+    rag = None
+    for name in arguments.assistants:
+        if name == "obedient":
+            yield Obedient(secrets)
+            continue
+        rag = rag or _handbook_rag(arguments)
+        yield RagAssistant(rag, secrets, checked=name == "rag")
+
+
+def _handbook_rag(arguments: argparse.Namespace) -> Any:
+    from llmops_ref.knowledge_base import KnowledgeBase
+    from llmops_ref.models import load_chat_model
+    from llmops_ref.rag import RAG
+
+    if not handbook_index().exists():
+        raise BadInputError("The sample handbook is not indexed yet.", "Run: llmops-ref demo")
+    return RAG(KnowledgeBase.open(handbook_index()), load_chat_model(arguments.model))
+
+
+def _redteam(arguments: argparse.Namespace) -> int:
+    from llmops_ref.attacks import Secrets
+    from llmops_ref.redteam import DEFAULT_GATE, Scoreboard
+    from llmops_ref.release_gate import Gate
+
+    baseline = Scoreboard.load(arguments.baseline) if arguments.baseline else None
+    if baseline is not None and arguments.out and Path(arguments.out).resolve() == Path(arguments.baseline).resolve():
+        raise BadInputError(f"The baseline {arguments.baseline} is the file that this run writes: it would be compared with itself.", "Give --out a name of its own.")
+    gate = Gate.from_file(arguments.gate) if arguments.gate else DEFAULT_GATE if baseline else None
+    board = _attacked(arguments, Secrets.of(arguments.canary))
+    if arguments.out:
+        board.save(arguments.out)
+    result = board.check(gate, baseline) if gate else None
+    if arguments.json:
+        verdict = result.to_dict() if result else {"verdict": None, "exit_code": 0, "checks": []}
+        print(json.dumps({**verdict, "scoreboard": {name: value for name, value in board.to_dict().items() if name not in ("results", "columns")}}, ensure_ascii=False, indent=2))
+    else:
+        print(board if result is None else f"{board}\n\n{result}")
+    return result.exit_code if result else 0
+
+
+def _attacked(arguments: argparse.Namespace, secrets: Any) -> Any:
+    "Every assistant attacked with everything that the arguments ask for, on one scoreboard."
+    from llmops_ref.attacks import encoded, handbook_requests, load_attacks, load_requests, planted_attacks
+    from llmops_ref.garak_probes import garak_attacks, garak_version, run_garak
+    from llmops_ref.redteam import measure_layers, run_redteam
+
+    about = {"seed": arguments.seed, "size": arguments.size, **({"garak": f"garak {garak_version(arguments.garak_python)}"} if arguments.garak_python else {})}
+    guard, unseen = _red_team_guard(arguments, secrets)
+    clear = [*load_attacks(arguments.attacks), *(planted_attacks() if arguments.attacks is None else [])]
+    requests = [*load_requests(arguments.requests), *(handbook_requests(unseen) if arguments.requests is None else [])]
+    probes: dict[str, Any] = {"probes": arguments.probes} if arguments.probes else {}
+    boards, layers = [], tuple[Any, ...]()
+    for assistant in _assistants(arguments, secrets):
+        wishes: dict[str, Any] = {"seed": arguments.seed, "progress": not arguments.json, "out": f"{arguments.run_file}.{assistant.name}.jsonl" if arguments.run_file else None}
+        if assistant.name == "obedient":
+            more = [*encoded(clear[: arguments.encoded]), *(garak_attacks(arguments.garak_python, prompts=arguments.garak_prompts, seed=arguments.seed, **probes) if arguments.garak_python else [])]
+            boards.append(run_redteam(assistant, guard, secrets, attacks=[*clear, *more], requests=requests, **wishes))
+            layers = measure_layers(guard, boards[-1], secrets, [*clear, *requests], progress=not arguments.json) if arguments.layers else ()
+            continue
+        boards.append(run_redteam(assistant, guard, secrets, attacks=clear, requests=requests, size=arguments.size, **wishes))
+        if arguments.garak_python and arguments.garak_answers:
+            boards.append(run_garak(assistant, guard, secrets, arguments.garak_python, prompts=arguments.garak_answers, seed=arguments.seed, **probes))
+    board = boards[0].joined(*boards[1:])
+    return dataclasses.replace(board, layers=tuple(layers), settings={**board.settings, **about})
+
+# %% ../nbs/cli.ipynb #5d4e92b4
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmops-ref", description="Ask your documents, offline, with citations.")
     parser.add_argument("--version", action="version", version=f"llmops-ref {__version__}")
@@ -644,7 +796,60 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluation(commands, command, benches)
     _add_index(commands, command)
     _add_cache(commands, command, benches)
+    _add_guard(commands, command)
     return parser
+
+
+def _add_guard(commands: Any, command: Any) -> None:
+    "The commands `guard check`, `guard train` and `redteam`."
+    text = "check a text, train the injection detector, measure what the guard costs"
+    group = commands.add_parser("guard", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+    check = command("check", _guard_check, "what the guard says of a text, and what may go on of it; exit code 3: blocked", group)
+    check.add_argument("text", metavar="TEXT", help="what a user wrote; - for standard input")
+    stage = check.add_mutually_exclusive_group()
+    stage.add_argument("--context", action="store_true", help="it is a passage that a search found")
+    stage.add_argument("--output", action="store_true", help="it is a model's answer")
+    check.add_argument("--question", default="", metavar="TEXT", help="with --output: what was asked")
+    check.add_argument("--passage", action="append", metavar="TEXT", help="with --output: what the answer rests on; may be repeated")
+    check.add_argument("--allow", action="append", metavar="HOST", help="a host that answers may link to; may be repeated")
+    check.add_argument("--canary", metavar="TEXT", help="a string of the system prompt that no answer may hold")
+    train = command("train", _guard_train, "train the injection detector, calibrate it and measure it", group)
+    train.add_argument("--data", metavar="DIR", help="folder with dev.jsonl and benign_prompts.jsonl; default: the shipped examples alone")
+    train.add_argument("--examples", metavar="FILE", help="labelled examples (JSONL); default: those of the library")
+    train.add_argument("--hub", action="store_true", help="fetch the same sets by name with the package datasets")
+    train.add_argument("--out", metavar="FILE", help="the detector; default: it is measured and not kept")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice; default: 0")
+    latency = command("latency", _guard_latency, "milliseconds that the guard adds to a request, rail by rail", group)
+    latency.add_argument("--requests", metavar="FILE", help="JSONL of ordinary requests; default: the library's")
+    latency.add_argument("--characters", type=int, default=400, metavar="N", help="of a request: ordinary ones are joined and cut to it; default: 400")
+    latency.add_argument("--out", metavar="FILE", help="write the result here")
+    latency.add_argument("--seed", type=int, default=0, metavar="N", help="of the order; default: 0")
+    latency.add_argument("--policy", metavar="FILE", help="of the guard (TOML); default: the shipped one")
+    _add_redteam(command, check)
+
+
+def _add_redteam(command: Any, check: argparse.ArgumentParser) -> None:
+    "The command `redteam`."
+    run = command("redteam", _redteam, "attack the handbook's assistant without the guard and with it, and hold the scoreboard against a gate; exit code 1: fail, 4: inconclusive")
+    for sub in (check, run):
+        sub.add_argument("--policy", metavar="FILE", help="of the guard (TOML); default: the shipped one")
+    run.add_argument("--out", metavar="FILE", help="the scoreboard; replaced in one step")
+    run.add_argument("--assistants", nargs="+", choices=("obedient", "rag", "plain"), default=["obedient"], metavar="NAME", help="obedient: a model that does all it is told, so that the guard stands alone; rag: the assembled RAG; plain: a RAG without checks; default: obedient")
+    run.add_argument("--attacks", metavar="FILE", help="JSONL; default: the library's suite and what is planted in the handbook")
+    run.add_argument("--requests", metavar="FILE", help="JSONL of what must not be refused; default: the library's, and the handbook's questions and passages")
+    run.add_argument("--size", type=int, metavar="N", help="attacks, and as many requests, for rag and plain, which take seconds each; default: all")
+    run.add_argument("--encoded", type=int, default=12, metavar="N", help="of the first attacks, also in every encoding; default: 12")
+    run.add_argument("--layers", action="store_true", help="also each rail alone, and the guard without it")
+    run.add_argument("--garak-python", metavar="PYTHON", help="also garak's probes, by an interpreter that has it")
+    run.add_argument("--probes", nargs="+", metavar="NAME", help="of garak; default: those that need no download")
+    run.add_argument("--garak-prompts", type=int, default=20, metavar="N", help="of each probe, for the obedient model; default: 20")
+    run.add_argument("--garak-answers", type=int, default=0, metavar="N", help="of each probe, for rag and plain; default: 0, since a model takes seconds for each")
+    run.add_argument("--model", metavar="SPEC", help="that answers; default: LLMOPS_REF_CHAT_MODEL, else embedded")
+    run.add_argument("--canary", default="NMB7Q4KESTREL2", metavar="TEXT", help="in the system prompt; default: NMB7Q4KESTREL2")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice; default: 0")
+    run.add_argument("--run", dest="run_file", metavar="FILE", help="keep results in files that begin so, and go on from them")
+    run.add_argument("--gate", metavar="FILE", help="TOML with the limits; default with --baseline: attack_success and benign_refusals hardly worse, p95_ratio up to 1.5")
+    run.add_argument("--baseline", metavar="FILE", help="the scoreboard of what runs today")
 
 
 def _add_cache(commands: Any, command: Any, benches: Any) -> None:
