@@ -1065,6 +1065,9 @@ def load_reports(
     return plain, reports
 
 # %% ../nbs/injection.ipynb #ed574757
+_DISGUISED = 0.1    # the share of ordinary prompts in which anything is disguised or encoded is far below this: a score there is a share of a share
+
+
 class InjectionRail:
     "Looks for prompt injection in what a user sends: as it stands, without disguise, and in every reading of what is encoded."
 
@@ -1083,7 +1086,8 @@ class InjectionRail:
         subject: Subject,
     ) -> Iterator[Finding]:
         "One finding where any reading of the text reaches the threshold: the one that scores highest."
-        best, how, span, text = max(((self.detector.score(text), how, span, text) for text, how, span in _readings_of(subject)), key=lambda found: found[0])
+        readings = ((1 - (_DISGUISED if how else 1) * (1 - self.detector.score(text)), how, span, text) for text, how, span in _readings_of(subject))
+        best, how, span, text = max(readings, key=lambda found: found[0])
         if best >= self.threshold:
             told = self.detector.explain(text)
             place = span or (told.span if how == "" else subject.normalized.original_span(*told.span))
