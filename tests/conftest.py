@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401 - before a test compiles: the compiler imports it late, and in one whole run its own distutils was not found then
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
